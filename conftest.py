@@ -1,0 +1,17 @@
+"""Settings of every test, doctest and snippet of the documentation."""
+
+import hypothesis
+import jax
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+# Before any computation: eight devices, so that meshes can be tested without accelerators.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("default")
+
+pytest_collect_file = Sybil(
+    parsers=[PythonCodeBlockParser()], patterns=["README.md", "docs/*.md"]
+).pytest()

@@ -1,0 +1,86 @@
+"""Hyperparameters: what is accepted, and what is refused before it can train silently wrong."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from adamaxw._rule import Scalar
+
+_TINY = float(np.finfo(np.float32).tiny)
+
+# Each bound is checked on the value rounded to float32: a b1 that becomes 1 there divides by zero.
+_ALLOWED: dict[str, tuple[str, Callable[[np.float32], Any]]] = {
+    "learning_rate": ("0 <= learning_rate < inf", lambda x: 0 <= x < np.inf),
+    "b1": ("0 <= b1 < 1", lambda x: 0 <= x < 1),
+    "b2": ("0 <= b2 <= 1", lambda x: 0 <= x <= 1),
+    "eps": (f"{_TINY:.8g} <= eps < inf", lambda x: _TINY <= x < np.inf),
+    "weight_decay": ("0 <= weight_decay < inf", lambda x: 0 <= x < np.inf),
+}
+
+
+def checked(name: str, value: Any) -> Scalar:
+    """Returns `value` as a Python float or a scalar array, or refuses it.
+
+    Args:
+        name: the hyperparameter's name.
+        value: a number, a NumPy scalar or array, or a JAX array (traced too) of shape ().
+
+    Raises:
+        TypeError: it is none of these, or its dtype is complex, boolean or narrower than float32.
+        ValueError: its shape is not (), or it is out of bounds (not checked where traced).
+    """
+    scalar = as_scalar(name, value)
+    if isinstance(scalar, Tracer):
+        return scalar
+    allowed, is_allowed = _ALLOWED[name]
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = np.float32(scalar)
+    if not is_allowed(rounded):
+        raise ValueError(f"{name} must satisfy {allowed} in float32, got {value!r}")
+    return scalar
+
+
+def checked_or_schedule(name: str, value: Any) -> Any:
+    """Like `checked`, but lets a callable through: a schedule, see `at`."""
+    return value if callable(value) else checked(name, value)
+
+
+def at(name: str, value: Any, count: jax.Array) -> Scalar:
+    """The value of a number, an array or a schedule after `count` updates (0 before the first).
+
+    Raises:
+        TypeError, ValueError: a schedule returned something other than a real scalar.
+    """
+    return as_scalar(f"{name}(count)", value(count)) if callable(value) else value
+
+
+def as_scalar(name: str, value: Any) -> Scalar:
+    """`value` as a Python float, or as an array of shape () in the widest enabled float dtype.
+
+    Raises:
+        TypeError, ValueError: see `checked`.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        schedule = ""
+        if name in ("learning_rate", "weight_decay"):
+            schedule = " or a schedule (a callable of the number of updates done)"
+        elif callable(value):
+            schedule = "; to schedule it, wrap the optimizer in optax.inject_hyperparams"
+        raise TypeError(f"{name} must be a real number or a scalar array{schedule}, got {value!r}")
+    if value.shape != ():
+        raise ValueError(f"{name} must have shape (), got an array of shape {value.shape}")
+    if jnp.issubdtype(value.dtype, jnp.floating) and jnp.finfo(value.dtype).bits < 32:
+        raise TypeError(
+            f"{name} came as {value.dtype}, which is too coarse to hold it (0.999 becomes 1 in "
+            "bfloat16, 1e-8 becomes 0 in float16); pass float32. If optax.inject_hyperparams "
+            "made it, give that hyperparam_dtype=jnp.float32"
+        )
+    if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
+        raise TypeError(f"{name} must be real, got an array of dtype {value.dtype}")
+    return value.astype(jnp.result_type(float)) if isinstance(value, jax.Array) else float(value)

@@ -1,0 +1,76 @@
+"""Which leaves decay: a mask, whatever its form, as one boolean for each leaf of params."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from adamaxw._leaves import broadcast
+
+_STATIC_ARGS = (
+    "optax.inject_hyperparams calls a callable mask as if it were a schedule, with the count for "
+    "params; keep it from that with static_args=('mask',)"
+)
+
+
+def refuse_called_mask(mask: Any, hyperparameters: tuple[Any, ...]) -> None:
+    """Refuses a lone boolean beside hyperparameters that are arrays.
+
+    That is what `optax.inject_hyperparams` makes of a callable mask such as
+    `lambda params: jax.tree.map(lambda p: p.ndim > 1, params)`: the count has no dimensions, so
+    the mask becomes False and nothing decays. A boolean that the caller wrote is a valid prefix of
+    every tree, and only the arrays tell the two apart.
+
+    Raises:
+        TypeError: naming `static_args`.
+    """
+    if isinstance(mask, (bool, np.bool_)) and any(
+        isinstance(value, jax.Array) for value in hyperparameters
+    ):
+        raise TypeError(
+            f"mask={mask} came with hyperparameters that are arrays: {_STATIC_ARGS}. "
+            "To decay all leaves pass mask=None, to decay none weight_decay=0"
+        )
+
+
+def resolve_mask(mask: Any, params: optax.Params) -> Any:
+    """A tree of the structure of `params` with a Python bool at each leaf: does it decay?
+
+    Args:
+        mask: None (all decay), a tree of booleans that has the structure of params or is a prefix
+            of it, or a function from params to such a tree.
+        params: any tree. Its leaves matter only to a function that looks at them.
+
+    Raises:
+        TypeError: a leaf is not a boolean, or is traced.
+        ValueError: the mask is no prefix of params.
+    """
+    if mask is None:
+        return jax.tree.map(lambda _: True, params)
+    # A module with a __call__ can also be the tree: then it has boolean leaves.
+    if callable(mask) and not any(map(_is_boolean, jax.tree.leaves(mask))):
+        mask = mask(params)
+    booleans = jax.tree_util.tree_map_with_path(_as_bool, mask)
+    return broadcast("mask", booleans, "params", params)
+
+
+def _is_boolean(leaf: Any) -> bool:
+    return isinstance(leaf, bool) or (
+        isinstance(leaf, (np.bool_, np.ndarray, jax.Array))
+        and leaf.shape == ()
+        and leaf.dtype == np.bool_
+    )
+
+
+def _as_bool(path: jax.tree_util.KeyPath, leaf: Any) -> bool:
+    name = f"mask{jax.tree_util.keystr(path)}"
+    if isinstance(leaf, Tracer):
+        raise TypeError(
+            f"{name} is traced; which leaves decay must be known when the step is compiled, so "
+            f"build the mask of Python booleans. {_STATIC_ARGS}"
+        )
+    if not _is_boolean(leaf):
+        raise TypeError(f"{name} must be a boolean, got {leaf!r}. {_STATIC_ARGS}")
+    return bool(leaf)

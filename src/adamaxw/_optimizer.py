@@ -1,0 +1,232 @@
+"""The gradient transformations: hyperparameters and trees; the formula is in `_rule`."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adamaxw import _hyperparameters, _leaves, _masking
+from adamaxw._rule import Scalar, adamaxw_rule, bias_correction
+
+
+class AdamaxState(NamedTuple):
+    """State of `adamaxw` and `adamax`; structure, shapes and dtypes stay as `init` made them.
+
+    Attributes:
+        count: int32 scalar, the number of updates done; it stays at 2**31 - 1 when it gets there.
+        mu: first moments, with the structure and shapes of params: float32 for parameters of up to
+            32 bits, float64 for float64, complex for complex ones. Integer and boolean parameters
+            do not train; in their place are zeros of their dtype.
+        nu: infinity norms, like `mu`, but real for complex parameters.
+        scale: None; reserved for moments stored in fewer bits.
+        residual: None; reserved for parameters stored in 16 bits.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  (tuple.count)
+    mu: optax.Updates
+    nu: optax.Updates
+    scale: None = None
+    residual: None = None
+
+
+def adamaxw(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    *,
+    scale_decay_by_lr: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Adamax with decoupled weight decay.
+
+    At step t = 1, 2, ... a parameter p with gradient g becomes::
+
+        m_t = b1 m_{t-1} + (1 - b1) g_t
+        u_t = max(b2 u_{t-1}, |g_t| + eps)
+        p_t = p_{t-1} - lr_t (m_t / ((1 - b1^t) u_t) + wd_t p_{t-1})
+
+    in float32, whatever the dtype of parameters and gradients (float64 for float64 parameters).
+    The updates come in the dtype of the gradients.
+
+    Args:
+        learning_rate: lr, a number, a scalar array (traced too), or a schedule: a callable that is
+            given the number of updates done so far, an int32 scalar, 0 at the first.
+        b1: decay rate of the first moment, 0 <= b1 < 1; a number or a scalar array.
+        b2: decay rate of the infinity norm, 0 <= b2 <= 1; likewise.
+        eps: lower bound of the infinity norm, > 0; likewise.
+        weight_decay: wd, strength of the decay; a number, a scalar array or a schedule.
+        mask: which parameters decay: None (all), a tree of booleans with the structure of params or
+            a prefix of it, or a function that returns such a tree, given params. The other
+            parameters are updated by Adamax all the same.
+        scale_decay_by_lr: if False, the decay is `wd_t p_{t-1}` without lr_t, the decoupling of
+            Loshchilov & Hutter; a schedule as `weight_decay` is then their schedule multiplier.
+
+    Returns:
+        A transformation with the state `AdamaxState`. Its `update` needs params. A parameter whose
+        gradient is None stays as it is, and so do integer and boolean parameters, whose gradient
+        is `float0` or an integer: their updates are None and zero.
+
+    Raises:
+        TypeError: a hyperparameter is no real scalar, or has a dtype narrower than float32; later,
+            from `init` and `update`: a leaf of params, of the gradients or of the mask has a dtype
+            that does not fit.
+        ValueError: a hyperparameter whose value is known is out of bounds or not a scalar; later,
+            from `init` and `update`: params are missing, or trees differ in structure or shapes.
+
+    Source:
+        Kingma & Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, Algorithm 2, with eps
+        inside the maximum as in PyTorch and Optax (https://arxiv.org/abs/1412.6980); Loshchilov &
+        Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, Algorithm 2
+        (https://arxiv.org/abs/1711.05101).
+
+    Examples:
+        >>> import adamaxw
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> def f(x): return jnp.sum(x ** 2)  # simple quadratic function
+        >>> solver = adamaxw.adamaxw(learning_rate=0.003)
+        >>> params = jnp.array([1., 2., 3.])
+        >>> print('Objective function: ', f(params))
+        Objective function:  14.0
+        >>> opt_state = solver.init(params)
+        >>> for _ in range(5):
+        ...  grad = jax.grad(f)(params)
+        ...  updates, opt_state = solver.update(grad, opt_state, params)
+        ...  params = optax.apply_updates(params, updates)
+        ...  print('Objective function: {:.2E}'.format(f(params)))
+        Objective function: 1.40E+01
+        Objective function: 1.39E+01
+        Objective function: 1.39E+01
+        Objective function: 1.39E+01
+        Objective function: 1.38E+01
+    """
+    if not isinstance(scale_decay_by_lr, bool):
+        raise TypeError(f"scale_decay_by_lr must be a bool, got {scale_decay_by_lr!r}")
+    _masking.refuse_called_mask(mask, (learning_rate, b1, b2, eps, weight_decay))
+    weight_decay = _hyperparameters.checked_or_schedule("weight_decay", weight_decay)
+
+    def decay(lr: Scalar, count: jax.Array) -> Scalar:
+        wd = _hyperparameters.at("weight_decay", weight_decay, count)
+        return lr * wd if scale_decay_by_lr else wd
+
+    return _transformation(learning_rate, b1, b2, eps, decay, mask)
+
+
+def adamax(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+) -> optax.GradientTransformationExtraArgs:
+    """Adamax: `adamaxw` without weight decay.
+
+    Args:
+        learning_rate: as in `adamaxw`.
+        b1: as in `adamaxw`.
+        b2: as in `adamaxw`.
+        eps: as in `adamaxw`.
+
+    Returns:
+        A transformation with the state `AdamaxState`, as for `adamaxw`; its `update` does not need
+        params.
+
+    Raises:
+        TypeError, ValueError: as in `adamaxw`.
+
+    Source:
+        Kingma & Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, Algorithm 2, with eps
+        inside the maximum as in PyTorch and Optax (https://arxiv.org/abs/1412.6980).
+
+    Examples:
+        >>> import adamaxw
+        >>> import jax.numpy as jnp
+        >>> solver = adamaxw.adamax(learning_rate=0.5)
+        >>> updates, state = solver.update(jnp.array([4.0, -0.1]), solver.init(jnp.zeros(2)))
+        >>> print(updates)
+        [-0.5  0.5]
+    """
+    return _transformation(learning_rate, b1, b2, eps, None, None)
+
+
+def _transformation(
+    learning_rate: Any,
+    b1: Any,
+    b2: Any,
+    eps: Any,
+    decay: Callable[[Scalar, jax.Array], Scalar] | None,
+    mask: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """`adamaxw` with `decay` from the learning rate and the count, `adamax` with None."""
+    learning_rate = _hyperparameters.checked_or_schedule("learning_rate", learning_rate)
+    b1 = _hyperparameters.checked("b1", b1)
+    b2 = _hyperparameters.checked("b2", b2)
+    eps = _hyperparameters.checked("eps", eps)
+
+    def init(params: optax.Params) -> Any:
+        mu = _leaves.zeros_for_moments(params, real=False)
+        nu = _leaves.zeros_for_moments(params, real=True)
+        # A tree without leaves is also what optax.tree.map_params puts here: no mask fits that.
+        if decay is not None and jax.tree.leaves(params):
+            _masking.resolve_mask(mask, params)
+        count = jnp.zeros((), jnp.int32, device=_leaves.scalar_sharding(params))
+        return AdamaxState(count, mu, nu)
+
+    def update(
+        updates: Any,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, Any]:
+        del extra_args
+        if not isinstance(state, AdamaxState):
+            raise TypeError(f"state must be the AdamaxState that init returned, got {state!r}")
+        if decay is None:
+            params = decays = None
+        elif params is None:
+            raise ValueError("adamaxw decays the params: call update(gradients, state, params)")
+        else:
+            decays = _masking.resolve_mask(mask, params)
+        treedef, leaves = _leaves.side_by_side(updates, state.mu, state.nu, params, decays)
+
+        count = jnp.minimum(state.count, 2**31 - 2) + 1
+        lr = _hyperparameters.at("learning_rate", learning_rate, state.count)
+        rate = lr / bias_correction(b1, count.astype(jnp.result_type(float)))
+        decay_now = 0.0 if decay is None else decay(lr, state.count)
+        stepped = [_step_leaf(leaf, b1, b2, eps, rate, decay_now) for leaf in leaves]
+        columns = zip(*stepped, strict=True) if stepped else ([], [], [])
+        updates, mu, nu = (treedef.unflatten(column) for column in columns)
+        return updates, AdamaxState(count, mu, nu)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _step_leaf(
+    leaf: _leaves.Leaf, b1: Scalar, b2: Scalar, eps: Scalar, rate: Scalar, decay: Scalar
+) -> tuple[Any, Any, Any]:
+    """Applies the rule to one leaf in the dtype of its moments; returns `(update, m, u)`."""
+    g, m, u, p, decays = leaf
+    if g is None:
+        return None, m, u
+    if not _leaves.trains(m):
+        return jnp.zeros_like(m), m, u
+    step, m, u = adamaxw_rule(
+        g.astype(m.dtype),
+        m,
+        u,
+        p.astype(m.dtype) if decays else None,
+        b1=_cast(b1, m.dtype),
+        b2=_cast(b2, u.dtype),
+        eps=_cast(eps, u.dtype),
+        rate=_cast(rate, m.dtype),
+        decay=_cast(decay, m.dtype),
+    )
+    return step.astype(g.dtype), m, u
+
+
+def _cast(scalar: Scalar, dtype: Any) -> Scalar:
+    return scalar if isinstance(scalar, float) else scalar.astype(dtype)

@@ -1,0 +1,69 @@
+"""The AdamaxW recurrence on one array: the only place where the formula stands."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# A Python float keeps its double precision until it meets an array; arrays may be traced.
+Scalar = float | jax.Array
+
+
+def adamaxw_rule(
+    g: jax.Array,
+    m: jax.Array,
+    u: jax.Array,
+    p: jax.Array | None,
+    *,
+    b1: Scalar,
+    b2: Scalar,
+    eps: Scalar,
+    rate: Scalar,
+    decay: Scalar,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One step of AdamaxW on one array.
+
+    With `t` counting from 1, `lr` the learning rate and `wd` the weight decay::
+
+        m_t    = b1 m_{t-1} + (1 - b1) g_t
+        u_t    = max(b2 u_{t-1}, |g_t| + eps)
+        step_t = -lr / (1 - b1^t) * m_t / u_t  -  lr wd p_{t-1}
+
+    Args:
+        g: gradient; floating or complex, of the dtype of `m`.
+        m: first moment, of the shape of `g`.
+        u: infinity norm, real, of the shape of `g`.
+        p: parameter, of the dtype of `m`, or None where it does not decay.
+        b1: decay rate of the first moment.
+        b2: decay rate of the infinity norm.
+        eps: lower bound of the infinity norm.
+        rate: `lr / (1 - b1^t)`; for the divisor see `bias_correction`.
+        decay: `lr * wd`, or `wd` alone where the decay is not scaled by the learning rate.
+
+    Returns:
+        `(step, m, u)`: what to add to `p`, and the two new moments, in their dtypes.
+
+    Source:
+        Kingma & Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, Algorithm 2 (AdaMax),
+        with eps inside the maximum as in PyTorch and Optax; Loshchilov & Hutter, "Decoupled Weight
+        Decay Regularization", ICLR 2019, Algorithm 2, line 12.
+    """
+    m = b1 * m + (1 - b1) * g
+    u = jnp.maximum(b2 * u, jnp.abs(g) + eps)
+    # m / u first: the ratio is of order 1, so no intermediate under- or overflows.
+    step = -rate * (m / u.astype(m.dtype))
+    if p is not None:
+        step -= decay * p
+    return step, m, u
+
+
+def bias_correction(b1: Scalar, t: jax.Array) -> jax.Array:
+    """`1 - b1^t` (Kingma & Ba 2015, section 3) for a float scalar `t` >= 1, in the dtype of `t`.
+
+    `1 - b1**t` cancels: at b1=0.9, t=1 it loses two bits in float32, and more as b1 nears 1.
+    """
+    if isinstance(b1, float):
+        with np.errstate(divide="ignore"):  # b1 = 0: log is -inf, and the correction is 1
+            log_b1 = float(np.log(b1))
+    else:
+        log_b1 = jnp.log(b1)
+    return -jnp.expm1(t * log_b1)

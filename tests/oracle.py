@@ -1,0 +1,36 @@
+"""AdamaxW in NumPy float64, one leaf at a time: slow, readable, and not shipped."""
+
+import numpy as np
+
+
+class Oracle:
+    """AdamaxW on one array, with the symbols of the papers.
+
+    Kingma & Ba 2015, Algorithm 2, with eps inside the maximum; Loshchilov & Hutter 2019,
+    Algorithm 2. `lr` and `wd` are numbers or functions of the number of updates done.
+    """
+
+    def __init__(
+        self, p, lr, b1=0.9, b2=0.999, eps=1e-8, wd=1e-4, decays=True, scale_decay_by_lr=True
+    ):
+        self.p = np.asarray(p, np.result_type(np.asarray(p).dtype, np.float64))
+        self.lr, self.b1, self.b2, self.eps, self.wd = lr, b1, b2, eps, wd
+        self.decays, self.scale_decay_by_lr = decays, scale_decay_by_lr
+        self.t = 0
+        self.m = np.zeros_like(self.p)
+        self.u = np.zeros(self.p.shape, np.float64)
+
+    def step(self, g):
+        """Takes a gradient, changes `p`, `m`, `u`, and returns the update of `p`."""
+        g = np.asarray(g, self.m.dtype)
+        lr = self.lr(self.t) if callable(self.lr) else self.lr
+        wd = self.wd(self.t) if callable(self.wd) else self.wd
+        self.t += 1
+        self.m = self.b1 * self.m + (1 - self.b1) * g
+        self.u = np.maximum(self.b2 * self.u, np.abs(g) + self.eps)
+        m_hat = self.m / (1 - self.b1**self.t)
+        update = -lr * m_hat / self.u
+        if self.decays:
+            update = update - (lr if self.scale_decay_by_lr else 1.0) * wd * self.p
+        self.p = self.p + update
+        return update
