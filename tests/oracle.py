@@ -1,4 +1,4 @@
-"""AdamaxW in NumPy float64, one leaf at a time: slow, readable, and not shipped."""
+"""AdamaxW in NumPy float64: slow, readable, and not shipped."""
 
 import numpy as np
 
@@ -7,7 +7,8 @@ class Oracle:
     """AdamaxW on one array, with the symbols of the papers.
 
     Kingma & Ba 2015, Algorithm 2, with eps inside the maximum; Loshchilov & Hutter 2019,
-    Algorithm 2. `lr` and `wd` are numbers or functions of the number of updates done.
+    Algorithm 2. `lr` and `wd` are numbers or functions of the number of updates done; `decays` is
+    a boolean for all elements or one for each.
     """
 
     def __init__(
@@ -29,8 +30,12 @@ class Oracle:
         self.m = self.b1 * self.m + (1 - self.b1) * g
         self.u = np.maximum(self.b2 * self.u, np.abs(g) + self.eps)
         m_hat = self.m / (1 - self.b1**self.t)
-        update = -lr * m_hat / self.u
-        if self.decays:
-            update = update - (lr if self.scale_decay_by_lr else 1.0) * wd * self.p
+        decay = (lr if self.scale_decay_by_lr else 1.0) * wd * self.p
+        update = -lr * m_hat / self.u - np.where(self.decays, decay, 0)
         self.p = self.p + update
         return update
+
+    def run(self, gradients):
+        """Takes gradients one by one; returns the history of (update, p, m, u), stacked."""
+        history = [(self.step(g), self.p, self.m, self.u) for g in gradients]
+        return tuple(np.stack(column) for column in zip(*history, strict=True))

@@ -1,5 +1,7 @@
 """Leaves of params, gradients and moments: allocated, put side by side, errors with their path."""
 
+import reprlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -47,8 +49,8 @@ def zeros_for_moments(params: Any, *, real: bool) -> Any:
         kind = _kind(p)
         if kind is None:
             raise TypeError(
-                f"params{jax.tree_util.keystr(path)} must be an array of numbers, got {p!r}; "
-                "filter such leaves out, with None in their place"
+                f"params{jax.tree_util.keystr(path)} must be an array of numbers, got "
+                f"{_describe(p)}; filter such leaves out, with None in their place"
             )
         dtype = jax.dtypes.canonicalize_dtype(p.dtype)
         if kind != "integer":
@@ -105,7 +107,7 @@ def side_by_side(
         try:
             return treedef.flatten_up_to(tree)
         except ValueError:
-            broadcast("gradients", updates, name, tree)
+            broadcast("gradients", updates, name, tree, is_leaf=_is_none)
             raise
 
     moments = zip(leaves("state.mu", mu), leaves("state.nu", nu), strict=True)
@@ -129,14 +131,20 @@ def side_by_side(
     return treedef, rows
 
 
-def broadcast(prefix_name: str, prefix: Any, name: str, tree: Any) -> Any:
-    """`jax.tree.broadcast` with None as a leaf of `prefix` and an error that names both trees.
+def broadcast(
+    prefix_name: str,
+    prefix: Any,
+    name: str,
+    tree: Any,
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> Any:
+    """`jax.tree.broadcast` with an error that names both trees.
 
     Raises:
         ValueError: `prefix` is no prefix of `tree`; names the path.
     """
     try:
-        return jax.tree.broadcast(prefix, tree, is_leaf=_is_none)
+        return jax.tree.broadcast(prefix, tree, is_leaf=is_leaf)
     except ValueError as error:
         where = str(error).replace("broadcast_prefix prefix_tree", prefix_name)
         raise ValueError(f"{prefix_name} and {name} differ in structure: {where}") from None
@@ -150,13 +158,18 @@ def trains(m: jax.Array) -> bool:
 def _misfit(name: str, updates: Any, index: int, x: Any, m: Any) -> Exception:
     paths = jax.tree_util.tree_leaves_with_path(updates, is_leaf=_is_none)
     path = f"{name}{jax.tree_util.keystr(paths[index][0])}"
-    if _kind(m) is None:
-        return ValueError(f"{path} is a leaf where the params at init had a subtree: {m!r}")
-    expected = f"{path} must be {_kind(m)} of shape {m.shape}, like the parameter at init"
-    if _kind(x) is None:
-        return TypeError(f"{expected}, got {x!r}")
-    error = ValueError if _kind(x) == _kind(m) else TypeError
-    return error(f"{expected}, got {x.dtype} of shape {x.shape}")
+    if not jax.tree_util.all_leaves([m]):
+        return ValueError(f"{path} is a leaf where params at init had a subtree: {_describe(m)}")
+    same_kind = _kind(x) == _kind(m) or not jax.tree_util.all_leaves([x])
+    return (ValueError if same_kind else TypeError)(
+        f"{path} must be {_kind(m)} of shape {m.shape}, like the parameter at init, "
+        f"got {_describe(x)}"
+    )
+
+
+def _describe(x: Any) -> str:
+    is_array = hasattr(x, "dtype") and hasattr(x, "shape")
+    return f"{x.dtype} of shape {x.shape}" if is_array else reprlib.repr(x)
 
 
 def _as_array(x: Any) -> Any:

@@ -184,7 +184,9 @@ def _transformation(
     ) -> tuple[Any, Any]:
         del extra_args
         if not isinstance(state, AdamaxState):
-            raise TypeError(f"state must be the AdamaxState that init returned, got {state!r}")
+            raise TypeError(
+                f"state must be the AdamaxState that init returned, got a {type(state).__name__}"
+            )
         if decay is None:
             params = decays = None
         elif params is None:
@@ -229,4 +231,4 @@ def _step_leaf(
 
 
 def _cast(scalar: Scalar, dtype: Any) -> Scalar:
-    return scalar if isinstance(scalar, float) else scalar.astype(dtype)
+    return scalar.astype(dtype) if isinstance(scalar, jax.Array) else scalar

@@ -48,7 +48,8 @@ def adamaxw_rule(
         Decay Regularization", ICLR 2019, Algorithm 2, line 12.
     """
     m = b1 * m + (1 - b1) * g
-    u = jnp.maximum(b2 * u, jnp.abs(g) + eps)
+    # b2 u, but 1 - b2 has more digits: float32 holds 0.999 with an error that compounds each step.
+    u = jnp.maximum(u - (1 - b2) * u, jnp.abs(g) + eps)
     # m / u first: the ratio is of order 1, so no intermediate under- or overflows.
     step = -rate * (m / u.astype(m.dtype))
     if p is not None:
