@@ -300,8 +300,8 @@ def test_complex_parameters():
     as_arrays = adamaxw.adamaxw(*map(jnp.float32, (1e-2, 0.9, 0.999, 1e-8, 0.1)))
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-5),
-        as_arrays.update(g, state, params),
-        _OPT.update(g, state, params),
+        as_arrays.update(params, state, params),
+        _OPT.update(params, state, params),
     )
 
 

@@ -1,0 +1,85 @@
+"""Every row of the table in the README: the reference fails there, and we do not."""
+
+import math
+
+import jax
+import pytest
+import reference_failures as failures
+
+
+@pytest.fixture(autouse=True)
+def _promotion_as_users_have_it():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def test_the_norm_decays():
+    """0.999^2000 in float32, and for ever 1 in bfloat16."""
+    row = failures.norm_never_decays()
+    assert row.optax == 1.0
+    assert row.ours == pytest.approx(row.exact, rel=1e-5)
+
+
+def test_a_zero_gradient_in_float16():
+    """No step, and no NaN."""
+    row = failures.zero_gradient_in_float16()
+    assert math.isnan(row.optax)
+    assert row.ours == row.exact == 0.0
+
+
+def test_decay_in_bfloat16_needs_parameters_that_can_hold_it():
+    """Rounding to nearest loses it in both; float32 parameters keep it."""
+    row = failures.decay_lost_in_bfloat16()
+    assert row.optax == row.ours == 1.0
+    row = failures.decay_with_float32_parameters()
+    assert row.ours == pytest.approx(row.exact, rel=1e-5)
+
+
+def test_scan_with_float32_gradients():
+    """The state keeps its dtypes."""
+    row = failures.scan_with_float32_gradients()
+    assert (row.optax, row.ours) == ("TypeError", "runs")
+
+
+def test_injected_hyperparameters():
+    """b2 = 1 is refused."""
+    row = failures.injected_b2()
+    assert (row.optax, row.ours) == (1.0, "TypeError")
+
+
+def test_injected_mask():
+    """A decay that is silently zero is refused."""
+    row = failures.injected_mask()
+    assert (row.optax, row.ours) == (0.0, "TypeError")
+
+
+def test_nonsense_is_refused():
+    """Where the reference returns a number or NaN."""
+    rows = failures.nonsense_accepted()
+    assert len(rows) == 4
+    assert all(isinstance(row.optax, float) and row.ours == "ValueError" for row in rows)
+
+
+def test_one_inf_gradient():
+    """Not hidden, and skipped by the wrapper that is made for it."""
+    row = failures.one_inf_gradient()
+    assert math.isnan(row.optax)
+    assert math.isnan(row.ours)
+    row = failures.one_inf_gradient_skipped()
+    assert (row.optax, row.ours) == ("TypeError", row.exact)
+
+
+def test_state_memory():
+    """Two float32 moments, whatever the parameters."""
+    float32, bfloat16 = failures.state_memory()
+    assert (float32.optax, float32.ours) == (8.0, 8.0)
+    assert (bfloat16.optax, bfloat16.ours) == (4.0, 8.0)
+
+
+def test_the_script_prints_every_row(capsys, monkeypatch):
+    """The table that the README shows comes from here."""
+    monkeypatch.setenv("COLUMNS", "200")
+    failures.main()
+    printed = capsys.readouterr().out
+    assert "0.819" in printed
+    assert all(row.situation[:20] in printed for row in failures.rows())

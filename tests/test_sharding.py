@@ -1,0 +1,138 @@
+"""On meshes of eight devices, with automatic and with explicit axes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import adamaxw
+
+_OPT = adamaxw.adamaxw(1e-2, weight_decay=0.1)
+_SPECS = {"w": P("data", "model"), "b": P("model"), "s": P()}
+_PARAMS = {
+    "w": np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8),
+    "b": np.linspace(1, 2, 4, dtype=np.float32),
+    "s": np.float32(2),
+}
+
+
+def _placed(axis_type, tree=_PARAMS):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in _SPECS.items()}
+    return jax.device_put(tree, shardings), shardings
+
+
+def _assert_sharded_like(state, shardings):
+    for moment in (state.mu, state.nu):
+        for name, sharding in shardings.items():
+            assert moment[name].sharding.is_equivalent_to(sharding, moment[name].ndim), name
+    assert state.count.sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_training_on_a_mesh(axis_type):
+    """The state follows the params, keeps its types, and is that of one device, bit for bit."""
+    params, shardings = _placed(axis_type)
+    state = _OPT.init(params)
+    _assert_sharded_like(state, shardings)
+    types = jax.tree.map(jax.typeof, (params, state))
+    alone = jax.tree.map(jnp.asarray, _PARAMS)
+    state_alone = _OPT.init(alone)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = _OPT.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(5):
+        params, state = step(params, state)
+        alone, state_alone = step(alone, state_alone)
+        assert jax.tree.map(jax.typeof, (params, state)) == types
+    _assert_sharded_like(state, shardings)
+    jax.tree.map(np.testing.assert_array_equal, (params, state), (alone, state_alone))
+
+
+def test_compiled_init_under_a_mesh():
+    """With jax.set_mesh, as explicit axes want it: the state is born sharded."""
+    params, shardings = _placed(AxisType.Explicit)
+    with jax.set_mesh(shardings["w"].mesh):
+        state = jax.jit(_OPT.init)(params)
+        _assert_sharded_like(state, shardings)
+        _, new = jax.jit(_OPT.update)(params, state, params)
+    assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_compiles_once_on_a_mesh(axis_type):
+    """Params, moments and count lie where the compiled step leaves them, from the start."""
+    params, _ = _placed(axis_type)
+    state = _OPT.init(params)
+    step = jax.jit(_OPT.update)
+    for _ in range(3):
+        _, state = step(params, state, params)
+    assert step._cache_size() == 1
+
+
+def test_explicit_types_in_loops():
+    """Under scan the sharding types of the carry stay as they are."""
+    params, _ = _placed(AxisType.Explicit)
+
+    @jax.jit
+    def train(params):
+        def step(carry, _):
+            params, state = carry
+            updates, state = _OPT.update(params, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, _OPT.init(params)), length=3)[0]
+
+    trained, state = train(params)
+    assert jax.tree.map(jax.typeof, trained) == jax.tree.map(jax.typeof, params)
+    assert jax.tree.map(jax.typeof, state.mu) == jax.tree.map(jax.typeof, params)
+
+
+def test_abstract_params_with_shardings():
+    """From ShapeDtypeStruct with shardings, the state is allocated where params will be."""
+    _, shardings = _placed(AxisType.Auto)
+    abstract = {
+        name: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16, sharding=shardings[name])
+        for name, p in _PARAMS.items()
+    }
+    _assert_sharded_like(_OPT.init(abstract), shardings)
+
+
+def test_inside_shard_map():
+    """The update is local: under shard_map it works on the shards, types of variance included."""
+    params, shardings = _placed(AxisType.Auto)
+    mesh = shardings["w"].mesh
+    state = _OPT.init(params)
+    specs = adamaxw.AdamaxState(P(), _SPECS, _SPECS)
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(_SPECS, specs), out_specs=(_SPECS, specs)
+    )
+    def step(params, state):
+        updates, state = _OPT.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    expected_updates, expected = _OPT.update(params, state, params)
+    stepped, new = step(params, state)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+    jax.tree.map(close, new, expected)
+    jax.tree.map(close, stepped, optax.apply_updates(params, expected_updates))
+
+
+def test_params_on_several_meshes_leave_the_count_free():
+    """With params on different devices no place is right for all, and none is forced."""
+    first, second = jax.devices()[:2]
+    params = {"a": jax.device_put(jnp.ones(2), first), "b": jax.device_put(jnp.ones(2), second)}
+    state = _OPT.init(params)
+    updates, state = _OPT.update(params, state, params)
+    assert updates["a"].devices() == {first}
+    assert updates["b"].devices() == {second}
