@@ -12,6 +12,16 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("default")
 
+
+
+def _set_promotion(mode):
+    return lambda namespace: jax.config.update("jax_numpy_dtype_promotion", mode)
+
+
+# Snippets run as readers would run them: the schedules of Optax do not know strict promotion.
 pytest_collect_file = Sybil(
-    parsers=[PythonCodeBlockParser()], patterns=["README.md", "docs/*.md"]
+    parsers=[PythonCodeBlockParser()],
+    patterns=["README.md", "docs/*.md"],
+    setup=_set_promotion("standard"),
+    teardown=_set_promotion("strict"),
 ).pytest()

@@ -133,8 +133,14 @@ def test_mixed_precision_in_wrappers_that_branch(wrap, param_dtype, grad_dtype):
     """Both branches have the same types, whichever of params and gradients is narrower."""
     params = jax.tree.map(lambda p: p.astype(param_dtype), _PARAMS)
     grads = jax.tree.map(lambda p: p.astype(grad_dtype), _PARAMS)
-    bad = jax.tree.map(lambda g: g * jnp.nan, grads)
     opt = wrap(adamaxw.adamaxw(**_HYPER))
+    if (
+        isinstance(opt, optax.MultiSteps)
+        and param_dtype != grad_dtype
+        and not hasattr(opt, "_accumulator_dtype")
+    ):
+        pytest.skip("before Optax 0.2.8 MultiSteps itself fails where the dtypes differ")
+    bad = jax.tree.map(lambda g: g * jnp.nan, grads)
     state = opt.init(params)
     step = jax.jit(opt.update)
     for g in (grads, grads, bad, grads, grads):

@@ -147,7 +147,7 @@ def adamax(
         >>> import jax.numpy as jnp
         >>> solver = adamaxw.adamax(learning_rate=0.5)
         >>> updates, state = solver.update(jnp.array([4.0, -0.1]), solver.init(jnp.zeros(2)))
-        >>> print(updates)
+        >>> print(updates.round(3))
         [-0.5  0.5]
     """
     return _transformation(learning_rate, b1, b2, eps, None, None)

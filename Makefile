@@ -1,0 +1,37 @@
+# Everything runs in .venv, which is made when it is first needed.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check lowest clean
+
+# The optimizer at work on real input: about two minutes on two cores; pictures in output/.
+demo: .venv/.installed
+	$(BIN)/python examples/language_model.py
+	$(BIN)/python examples/vae.py
+
+test: .venv/.installed
+	$(BIN)/python -m pytest -n auto
+
+check: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# The tests of the package itself under the lower bounds of its dependencies.
+lowest: .venv-lowest/.installed
+	.venv-lowest/bin/python -m pytest -n auto tests src --ignore-glob='*test_example_*'
+
+clean:
+	rm -rf .venv .venv-lowest output
+
+.venv/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo 'adamaxw needs Python 3.11 or newer: make PYTHON=python3.12' >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+.venv-lowest/.installed: pyproject.toml tests/lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --quiet --constraint tests/lowest.txt --editable '.[test]'
+	@touch $@

@@ -1,0 +1,78 @@
+"""How far `adamaxw.adamaxw` and `optax.adamaxw` are from AdamaxW in float64.
+
+Both train one vector in float32 on the same gradients, never synchronised with the exact run. Run
+it with
+
+    python benchmarks/accuracy.py
+"""
+
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+from rich.table import Table
+
+import adamaxw
+
+# The oracle and the gradients are those of the tests.
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from gradients import KINDS, gradients
+from oracle import Oracle
+
+STEPS = 10_000
+SIZE = 256
+HYPERPARAMETERS = {"learning_rate": 1e-3, "weight_decay": 0.1}
+
+
+def train(make: Callable[..., Any], params: jax.Array, grads: np.ndarray) -> Any:
+    """The history of (updates, mu, nu) over all gradients, stacked along the first axis."""
+    opt = make(**HYPERPARAMETERS)
+
+    def step(carry: Any, g: jax.Array) -> Any:
+        params, state = carry
+        updates, state = opt.update(g, state, params)
+        moments = (optax.tree.get(state, name) for name in ("mu", "nu"))
+        return (optax.apply_updates(params, updates), state), (updates, *moments)
+
+    return jax.jit(lambda p, g: jax.lax.scan(step, (p, opt.init(p)), g)[1])(params, grads)
+
+
+def error(got: jax.Array, exact: np.ndarray) -> float:
+    """Root mean square over steps and elements, each element in units of its own largest."""
+    scale = np.max(np.abs(exact), axis=0) + 1e-300
+    return float(np.sqrt(np.mean(((np.asarray(got, np.float64) - exact) / scale) ** 2)))
+
+
+def main() -> None:
+    """Prints the errors of updates, mu and nu for every kind of gradient."""
+    console = Console()
+    table = Table("gradients", *(f"{x} {y}" for x in ("update", "mu", "nu") for y in ("optax", "")))
+    for kind in KINDS:
+        grads = gradients(kind, STEPS, (SIZE,))
+        params = jnp.linspace(-1.0, 1.0, SIZE)
+        oracle = Oracle(params, lr=HYPERPARAMETERS["learning_rate"], wd=0.1)
+        update, _, m, u = oracle.run(grads)
+        results = [train(make, params, grads) for make in (optax.adamaxw, adamaxw.adamaxw)]
+        cells = [
+            f"{error(result[i], exact):.1e}"
+            for i, exact in enumerate((update, m, u))
+            for result in results
+        ]
+        table.add_row(kind, *cells)
+    console.print(f"{STEPS} steps, relative rms error; the second of each pair is adamaxw's")
+    console.print(table)
+    console.print(
+        f"optax {optax.__version__}, jax {jax.__version__}, {jax.default_backend()}, "
+        f"Python {platform.python_version()}, {platform.machine()}"
+    )
+
+
+if __name__ == "__main__":
+    main()

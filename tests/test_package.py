@@ -1,0 +1,65 @@
+"""The package as it is shipped: its names, its files, its dependencies."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import adamaxw
+
+_ROOT = Path(__file__).parents[1]
+
+
+def test_public_names_are_those_in_the_docs():
+    """`__all__`, what a namespace shows, and the page of public names agree."""
+    documented = re.findall(r"^\| `adamaxw\.(\w+)`", (_ROOT / "docs/api.md").read_text(), re.M)
+    visible = [name for name in vars(adamaxw) if not name.startswith("_")]
+    assert sorted(documented) == sorted(adamaxw.__all__) == sorted(visible)
+    assert all(getattr(adamaxw, name).__doc__ for name in adamaxw.__all__)
+
+
+def test_the_wheel_holds_the_package_alone(tmp_path):
+    """Sources, py.typed and metadata; no tests, no oracle; jax and optax alone are required."""
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=_ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        files = {name for name in archive.namelist() if ".dist-info/" not in name}
+        (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        required = re.findall(
+            r"^Requires-Dist: ([\w-]+)(?!.*extra)", archive.read(metadata).decode(), re.M
+        )
+    sources = {f"adamaxw/{path.name}" for path in (_ROOT / "src/adamaxw").glob("*.py")}
+    assert files == sources | {"adamaxw/py.typed"}
+    assert required == ["jax", "optax"]
+
+
+def test_import_is_quiet_and_light():
+    """Importing changes no configuration of JAX, starts no backend, and imports no extra."""
+    code = (
+        "import sys, jax; before = dict(jax.config.values)\n"
+        "import adamaxw\n"
+        "assert dict(jax.config.values) == before\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge.backends_are_initialized()\n"
+        "extras = {'rich', 'flax', 'equinox', 'matplotlib', 'sklearn', 'torch'}\n"
+        "assert not extras & set(sys.modules), extras & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_the_optimizer_is_our_own():
+    """Nothing in src calls the optimizers, transformations or moment helpers of Optax."""
+    allowed = {
+        "GradientTransformationExtraArgs",
+        "MaskedNode",
+        "Params",
+        "ScalarOrSchedule",
+        "Updates",
+        "OptState",
+    }
+    for path in (_ROOT / "src").rglob("*.py"):
+        code = re.sub(r'""".*?"""|#.*', "", path.read_text(), flags=re.S | re.M)
+        code = re.sub(r'"[^"\n]*"', "", code)
+        assert set(re.findall(r"optax\.(\w+)", code)) <= allowed, path
