@@ -13,7 +13,6 @@ hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("default")
 
 
-
 def _set_promotion(mode):
     return lambda namespace: jax.config.update("jax_numpy_dtype_promotion", mode)
 

@@ -412,6 +412,12 @@ def test_a_gradient_where_params_had_a_subtree_is_refused():
         _OPT.update({"w": jnp.ones((2, 3)), "layers": jnp.ones(2)}, _STATE, _PARAMS)
 
 
+def test_no_gradients_at_all_are_refused():
+    """None for the whole tree is a mistake, not a step without gradients."""
+    with pytest.raises(ValueError, match="gradients are None"):
+        _OPT.update(None, _STATE, _PARAMS)
+
+
 def test_a_parameter_that_is_none_has_no_gradient():
     """A gradient for a parameter that is not there is named."""
     with pytest.raises(ValueError, match=r"params\['w'\].*None"):

@@ -101,6 +101,8 @@ def side_by_side(
         TypeError: a gradient or parameter is real where the state is complex or integer, or the
             like, or no array.
     """
+    if updates is None and mu is not None:
+        raise ValueError("gradients are None; a tree in the structure of params is needed")
     gradients, treedef = jax.tree.flatten(updates, is_leaf=_is_none)
 
     def leaves(name: str, tree: Any) -> list[Any]:

@@ -195,7 +195,7 @@ def _transformation(
             decays = _masking.resolve_mask(mask, params)
         treedef, leaves = _leaves.side_by_side(updates, state.mu, state.nu, params, decays)
 
-        count = jnp.minimum(state.count, 2**31 - 2) + 1
+        count = jnp.minimum(state.count, 2**31 - 2) + 1  # saturates, does not wrap
         lr = _hyperparameters.at("learning_rate", learning_rate, state.count)
         rate = lr / bias_correction(b1, count.astype(jnp.result_type(float)))
         decay_now = 0.0 if decay is None else decay(lr, state.count)
