@@ -1,5 +1,6 @@
 """Hyperparameters: what is accepted, and what is refused before it can train silently wrong."""
 
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
@@ -72,7 +73,9 @@ def as_scalar(name: str, value: Any) -> Scalar:
             schedule = " or a schedule (a callable of the number of updates done)"
         elif callable(value):
             schedule = "; to schedule it, wrap the optimizer in optax.inject_hyperparams"
-        raise TypeError(f"{name} must be a real number or a scalar array{schedule}, got {value!r}")
+        raise TypeError(
+            f"{name} must be a real number or a scalar array{schedule}, got {reprlib.repr(value)}"
+        )
     if value.shape != ():
         raise ValueError(f"{name} must have shape (), got an array of shape {value.shape}")
     if jnp.issubdtype(value.dtype, jnp.floating) and jnp.finfo(value.dtype).bits < 32:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 
 class Leaf(NamedTuple):
@@ -50,7 +50,7 @@ def zeros_for_moments(params: Any, *, real: bool) -> Any:
         if kind is None:
             raise TypeError(
                 f"params{jax.tree_util.keystr(path)} must be an array of numbers, got "
-                f"{_describe(p)}; filter such leaves out, with None in their place"
+                f"{describe(p)}; filter such leaves out, with None in their place"
             )
         dtype = jax.dtypes.canonicalize_dtype(p.dtype)
         if kind != "integer":
@@ -71,10 +71,16 @@ def scalar_sharding(params: Any) -> Sharding | None:
         Replicated over the one mesh, or on the one device, to which all of `params` is committed;
         None where there is no such place or it cannot be known (traced or NumPy leaves).
     """
+
+    def place(sharding: Sharding) -> Sharding | None:
+        if isinstance(sharding, NamedSharding):
+            return NamedSharding(sharding.mesh, PartitionSpec())
+        if isinstance(sharding, SingleDeviceSharding):
+            return SingleDeviceSharding(*sharding.device_set)
+        return None
+
     places = {
-        NamedSharding(p.sharding.mesh, PartitionSpec())
-        if isinstance(p.sharding, NamedSharding)
-        else p.sharding
+        place(p.sharding)
         for p in jax.tree.leaves(params)
         if isinstance(p, jax.Array) and not isinstance(p, Tracer) and p.committed
     }
@@ -157,21 +163,22 @@ def trains(m: jax.Array) -> bool:
     return _kind(m) != "integer"
 
 
+def describe(x: Any) -> str:
+    """A few words on a leaf that was refused, however large it is."""
+    is_array = hasattr(x, "dtype") and hasattr(x, "shape")
+    return f"{x.dtype} of shape {x.shape}" if is_array else reprlib.repr(x)
+
+
 def _misfit(name: str, updates: Any, index: int, x: Any, m: Any) -> Exception:
     paths = jax.tree_util.tree_leaves_with_path(updates, is_leaf=_is_none)
     path = f"{name}{jax.tree_util.keystr(paths[index][0])}"
     if not jax.tree_util.all_leaves([m]):
-        return ValueError(f"{path} is a leaf where params at init had a subtree: {_describe(m)}")
+        return ValueError(f"{path} is a leaf where params at init had a subtree: {describe(m)}")
     same_kind = _kind(x) == _kind(m) or not jax.tree_util.all_leaves([x])
     return (ValueError if same_kind else TypeError)(
         f"{path} must be {_kind(m)} of shape {m.shape}, like the parameter at init, "
-        f"got {_describe(x)}"
+        f"got {describe(x)}"
     )
-
-
-def _describe(x: Any) -> str:
-    is_array = hasattr(x, "dtype") and hasattr(x, "shape")
-    return f"{x.dtype} of shape {x.shape}" if is_array else reprlib.repr(x)
 
 
 def _as_array(x: Any) -> Any:

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from adamaxw._leaves import broadcast
+from adamaxw._leaves import broadcast, describe
 
 _STATIC_ARGS = (
     "optax.inject_hyperparams calls a callable mask as if it were a schedule, with the count for "
@@ -72,5 +72,5 @@ def _as_bool(path: jax.tree_util.KeyPath, leaf: Any) -> bool:
             f"build the mask of Python booleans. {_STATIC_ARGS}"
         )
     if not _is_boolean(leaf):
-        raise TypeError(f"{name} must be a boolean, got {leaf!r}. {_STATIC_ARGS}")
+        raise TypeError(f"{name} must be a boolean, got {describe(leaf)}. {_STATIC_ARGS}")
     return bool(leaf)

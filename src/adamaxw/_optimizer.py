@@ -57,7 +57,7 @@ def adamaxw(
             given the number of updates done so far, an int32 scalar, 0 at the first.
         b1: decay rate of the first moment, 0 <= b1 < 1; a number or a scalar array.
         b2: decay rate of the infinity norm, 0 <= b2 <= 1; likewise.
-        eps: lower bound of the infinity norm, > 0; likewise.
+        eps: lower bound of the infinity norm, a normal float32 > 0 (at least 1.2e-38); likewise.
         weight_decay: wd, strength of the decay; a number, a scalar array or a schedule.
         mask: which parameters decay: None (all), a tree of booleans with the structure of params or
             a prefix of it, or a function that returns such a tree, given params. The other
