@@ -8,20 +8,19 @@ Weight decay acts on the weight matrices only. Run::
     python examples/vae.py --optimizer optax.adamw --learning-rate 0.001
 """
 
-import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from command_line import OPTIMIZERS, Parser, integer_in
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
@@ -29,16 +28,9 @@ from rich.table import Column, Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-import adamaxw
-
 PIXELS = 64
 TRIALS = 16
 LOG_BINOMIAL = np.log([math.comb(TRIALS, k) for k in range(TRIALS + 1)]).astype(np.float32)
-OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
-    "adamaxw": adamaxw.adamaxw,
-    "optax.adamaxw": optax.adamaxw,
-    "optax.adamw": optax.adamw,
-}
 
 
 class NegativeELBO(NamedTuple):
@@ -195,45 +187,21 @@ def draw(path: Path, panels: dict[str, Any], losses: list[float], bounds: list[f
     figure.savefig(path, dpi=100)
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exits with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def integer_in(low: int, high: int) -> Callable[[str], int]:
-    """A type for argparse: an integer from `low` to `high`."""
-
-    def integer(text: str) -> int:
-        if not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, got {text}")
-        return int(text)
-
-    return integer
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains, prints the held-out negative ELBO, writes the picture; returns the exit status."""
-    parser = Parser(description="A variational autoencoder on 8x8 digits.", allow_abbrev=False)
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamaxw")
-    parser.add_argument("--learning-rate", type=float, default=0.003)
-    parser.add_argument("--weight-decay", type=float, default=0.03)
-    parser.add_argument("--epochs", type=integer_in(1, 10**6), default=100)
-    parser.add_argument("--batch-size", type=integer_in(1, 1437), default=64)
-    parser.add_argument("--latent", type=integer_in(1, PIXELS), default=12)
-    parser.add_argument("--seed", type=integer_in(0, 2**32 - 1), default=0)
-    parser.add_argument("--output", type=Path, default=Path("output/vae"), help="directory")
+    parser = Parser(
+        "A variational autoencoder on 8x8 digits.",
+        learning_rate=0.003,
+        weight_decay=0.03,
+        output="output/vae",
+    )
+    parser.add_argument("--epochs", type=integer_in(1, 10**6), default=100, help="over the digits")
+    parser.add_argument("--batch-size", type=integer_in(1, 1437), default=64, help="digits a step")
+    parser.add_argument("--latent", type=integer_in(1, PIXELS), default=12, help="size of a code")
     args = parser.parse_args(argv)
-    options = {"weight_decay": args.weight_decay, "mask": matrices}
-    try:
-        optimizer = OPTIMIZERS[args.optimizer](args.learning_rate, **options)
-        args.output.mkdir(parents=True, exist_ok=True)
-    except (TypeError, ValueError) as error:
-        parser.error(str(error))
-    except OSError as error:
-        parser.error(f"argument --output: {args.output}: {error.strerror}")
+    parser.folder(args.output)
+    make = OPTIMIZERS[args.optimizer]
+    optimizer = make(args.learning_rate, weight_decay=args.weight_decay, mask=matrices)
 
     images, held_out = digits()
     console = Console()
@@ -246,8 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     seconds = time.perf_counter() - start
     if not math.isfinite(bounds[-1].total):
-        message = f"diverged in epoch {len(losses)}; try another --learning-rate"
-        parser.exit(1, f"{parser.prog}: error: {message}\n")
+        parser.fail(f"diverged in epoch {len(losses)}; try another --learning-rate")
 
     names = (Column(name, justify="right") for name in ("negative ELBO", "reconstruction", "KL"))
     table = Table("held-out digits, nats per image", *names)

@@ -7,27 +7,11 @@ import jax
 import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
-import optax
 import pytest
 import scipy.integrate
 import scipy.special
 import scipy.stats
 import vae
-
-
-def _lenient(make):
-    """Optax raises a float to an int32 power, which strict dtype promotion refuses: lift it."""
-
-    def make_lenient(*args, **kwargs):
-        optimizer = make(*args, **kwargs)
-
-        def update(*args):
-            with jax.numpy_dtype_promotion("standard"):
-                return optimizer.update(*args)
-
-        return optax.GradientTransformation(optimizer.init, update)
-
-    return make_lenient
 
 
 def _row(output, name):
@@ -37,14 +21,13 @@ def _row(output, name):
 
 
 @pytest.mark.parametrize("optimizer", ["adamaxw", "optax.adamaxw", "optax.adamw"])
-def test_trains_and_draws(optimizer, tmp_path, capsys, monkeypatch):
+def test_trains_and_draws(optimizer, tmp_path, capsys):
     """A few epochs cut the held-out negative ELBO by more than half; the picture is a PNG."""
     output = tmp_path / "new" / "folder"
     flags = ["--optimizer", optimizer, "--epochs", "6", "--output", str(output)]
-    if optimizer != "adamaxw":
-        lenient = _lenient(vae.OPTIMIZERS[optimizer])
-        monkeypatch.setitem(vae.OPTIMIZERS, optimizer, lenient)
-    assert vae.main(flags) == 0
+    # Optax raises a float to an int32 power, which strict promotion refuses.
+    with jax.numpy_dtype_promotion("strict" if optimizer == "adamaxw" else "standard"):
+        assert vae.main(flags) == 0
     printed = capsys.readouterr()
     before, after = _row(printed.out, "before training"), _row(printed.out, "after training")
     for total, reconstruction, kl in (before, after):
@@ -67,10 +50,10 @@ def test_trains_and_draws(optimizer, tmp_path, capsys, monkeypatch):
         (["--latent", "65"], "--latent"),
         (["--seed", "-1"], "--seed"),
         (["--seed", str(2**32)], "--seed"),
-        (["--learning-rate", "-1"], "learning_rate"),
-        (["--learning-rate", "nan"], "learning_rate"),
+        (["--learning-rate", "-1"], "--learning-rate"),
+        (["--learning-rate", "nan"], "--learning-rate"),
         (["--learning-rate", "fast"], "--learning-rate"),
-        (["--weight-decay", "inf"], "weight_decay"),
+        (["--weight-decay", "inf"], "--weight-decay"),
         (["--optimizer", "sgd"], "--optimizer"),
         (["--output", __file__], "--output"),
         (["--output", f"{__file__}/folder"], "--output"),
