@@ -3,9 +3,11 @@
 Each row is a situation, run with both and beside the exact value. Run it with
 
     python benchmarks/reference_failures.py
+    python benchmarks/reference_failures.py --markdown    # the rows of the README's table
 """
 
 import platform
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -105,9 +107,9 @@ def decay_lost_in_bfloat16() -> Row:
 
 
 def decay_with_float32_parameters() -> Row:
-    """The way round: parameters in float32, cast to bfloat16 inside the loss."""
+    """The way round: parameters in float32, which the loss may still cast to bfloat16."""
     return Row(
-        "the same with float32 parameters, cast to bfloat16 in the loss",
+        "the same with float32 parameters",
         _decayed(optax.adamaxw, jnp.float32),
         _decayed(adamaxw.adamaxw, jnp.float32),
         0.9999**2000,
@@ -128,7 +130,7 @@ def scan_with_float32_gradients() -> Row:
         return "runs"
 
     return Row(
-        "bfloat16 parameters, float32 gradients: three steps in jax.lax.scan",
+        "bfloat16 parameters, float32 gradients: three steps in `jax.lax.scan`",
         _attempt(lambda: scan(optax.adamaxw)),
         _attempt(lambda: scan(adamaxw.adamaxw)),
         "runs",
@@ -144,7 +146,7 @@ def injected_b2() -> Row:
         return float(state.hyperparams["b2"])
 
     return Row(
-        "optax.inject_hyperparams on bfloat16 parameters: b2",
+        "`optax.inject_hyperparams` on bfloat16 parameters: b2",
         _attempt(lambda: b2(optax.adamaxw)),
         _attempt(lambda: b2(adamaxw.adamaxw)),
         "0.999, or an error",
@@ -164,7 +166,7 @@ def injected_mask() -> Row:
         return float(updates["w"][0, 0])
 
     return Row(
-        "optax.inject_hyperparams with a callable mask for matrices: the decay of a matrix",
+        "`optax.inject_hyperparams` with a callable mask for matrices: the decay of a matrix",
         _attempt(lambda: decay(optax.adamaxw)),
         _attempt(lambda: decay(adamaxw.adamaxw)),
         "-1e-4, or an error",
@@ -218,7 +220,7 @@ def one_inf_gradient_skipped() -> Row:
         return float(_train(opt, params, _WITH_INF)[0])
 
     return Row(
-        "the same, bfloat16 parameters and float32 gradients, in optax.apply_if_finite",
+        "the same, bfloat16 parameters and float32 gradients, in `optax.apply_if_finite`",
         _attempt(lambda: last(optax.adamaxw)),
         _attempt(lambda: last(adamaxw.adamaxw)),
         0.75,
@@ -265,8 +267,16 @@ def _format(value: Any) -> str:
     return value if isinstance(value, str) else f"{value + 0.0:.3g}"  # no "-0"
 
 
+def markdown() -> list[str]:
+    """The rows as lines of a table in Markdown."""
+    return [f"| {row.situation} | {' | '.join(map(_format, row[1:]))} |" for row in rows()]
+
+
 def main() -> None:
     """Prints the table with the versions and the machine."""
+    if "--markdown" in sys.argv:
+        print(*markdown(), sep="\n")
+        return
     console = Console()
     table = Table("situation", "optax.adamaxw", "adamaxw.adamaxw", "exact", show_lines=True)
     for row in rows():

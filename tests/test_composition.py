@@ -63,6 +63,9 @@ _WRAPPERS = {
     "named_chain": lambda make: optax.named_chain(("adamax", make(**_HYPER))),
     "with_extra_args_support": lambda make: optax.with_extra_args_support(make(**_HYPER)),
     "split_real_and_imaginary": lambda make: optax.contrib.split_real_and_imaginary(make(**_HYPER)),
+    "reduce_on_plateau": lambda make: optax.chain(
+        make(**_HYPER), optax.contrib.reduce_on_plateau(patience=1)
+    ),
     "freeze": lambda make: optax.chain(
         make(**_HYPER), optax.transforms.freeze({"w": False, "b": True, "s": False})
     ),
@@ -71,6 +74,7 @@ _WRAPPERS = {
 
 def _train(opt, params, steps=10):
     """Ten steps on a loss with curvature, jitted; the last params and state."""
+    opt = optax.with_extra_args_support(opt)
     target = jax.tree.map(lambda p: jnp.full(p.shape, 0.3), params)
 
     def loss(params):
@@ -81,7 +85,8 @@ def _train(opt, params, steps=10):
 
     @jax.jit
     def step(params, state):
-        updates, state = opt.update(jax.grad(loss)(params), state, params)
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = opt.update(grads, state, params, value=value)
         return optax.apply_updates(params, updates), state
 
     state = opt.init(params)
@@ -197,6 +202,15 @@ def test_tree_get_and_set():
     assert jax.tree.structure(optax.tree.get(state, "mu")) == jax.tree.structure(_PARAMS)
     assert jax.tree.structure(optax.tree.get(state, "nu")) == jax.tree.structure(_PARAMS)
     assert optax.tree.get(optax.tree.set(state, count=jnp.asarray(7)), "count") == 7
+
+
+def test_names_in_the_state_do_not_collide():
+    """What programs look for in the states of other transformations is still found."""
+    plateau = optax.contrib.reduce_on_plateau(patience=1)
+    for make in (adamaxw.adamaxw, optax.adamaxw):
+        state = optax.chain(make(1e-3), plateau).init(_PARAMS)
+        assert optax.tree.get(state, "scale") == 1.0
+        assert optax.tree.get(optax.tree.set(state, scale=0.5), "scale") == 0.5
 
 
 def test_hyperparameters_can_be_changed_by_hand():

@@ -81,6 +81,17 @@ def test_a_module_that_is_callable_can_be_the_tree():
     assert (decayed.weight, decayed.bias) == (True, False)
 
 
+@pytest.mark.parametrize("mask", [True, False])
+def test_a_lone_boolean_beside_arrays(mask):
+    """It may be a mask that inject_hyperparams has called: the error says what to pass instead."""
+    for opt in (
+        lambda: adamaxw.adamaxw(jnp.float32(0.1), mask=mask),
+        lambda: optax.inject_hyperparams(adamaxw.adamaxw, "mask")(0.1, mask=mask).init(_PARAMS),
+    ):
+        with pytest.raises(TypeError, match=r"pass mask=None .*, weight_decay=0 "):
+            opt()
+
+
 @pytest.mark.parametrize(
     ("mask", "path"),
     [
@@ -95,8 +106,10 @@ def test_a_module_that_is_callable_can_be_the_tree():
 )
 def test_leaves_that_are_no_booleans(mask, path):
     """Refused at init, with the path; a None where params have a leaf is another structure."""
-    with pytest.raises((TypeError, ValueError), match=rf"(?s)mask.*{path}"):
+    with pytest.raises((TypeError, ValueError), match=rf"(?s)mask.*{path}") as error:
         adamaxw.adamaxw(0.1, mask=mask).init(_PARAMS)
+    # Where there is a path, the mask is a tree, and inject_hyperparams did not call it.
+    assert "inject_hyperparams" not in str(error.value)
 
 
 def test_traced_masks():

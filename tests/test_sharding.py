@@ -31,7 +31,8 @@ def _assert_sharded_like(state, shardings):
     for moment in (state.mu, state.nu):
         for name, sharding in shardings.items():
             assert moment[name].sharding.is_equivalent_to(sharding, moment[name].ndim), name
-    assert state.count.sharding.is_fully_replicated
+    everywhere = NamedSharding(shardings["w"].mesh, P())
+    assert state.count.sharding.is_equivalent_to(everywhere, 0)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
@@ -67,11 +68,15 @@ def test_compiled_init_under_a_mesh():
     assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
 
 
+@pytest.mark.parametrize("abstract", [False, True])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_compiles_once_on_a_mesh(axis_type):
+def test_compiles_once_on_a_mesh(axis_type, abstract):
     """Params, moments and count lie where the compiled step leaves them, from the start."""
     params, _ = _placed(axis_type)
-    state = _OPT.init(params)
+    shapes = jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), params
+    )
+    state = _OPT.init(shapes if abstract else params)
     # A function of its own: jit keeps one cache for each.
     step = jax.jit(lambda *args: _OPT.update(*args))
     for _ in range(3):

@@ -11,14 +11,20 @@ from jax.core import Tracer
 
 from adamaxw._rule import Scalar
 
-_TINY = float(np.finfo(np.float32).tiny)
+# Moments that matter beside it then stay clear of the denormal numbers, which XLA flushes to zero.
+_SMALLEST_EPS = 1e-30
+
+_INJECTED = (
+    ". If optax.inject_hyperparams made it, give that hyperparam_dtype=jnp.float32: it rounds "
+    "hyperparameters to the dtype of the params"
+)
 
 # Each bound is checked on the value rounded to float32: a b1 that becomes 1 there divides by zero.
 _ALLOWED: dict[str, tuple[str, Callable[[np.float32], Any]]] = {
     "learning_rate": ("0 <= learning_rate < inf", lambda x: 0 <= x < np.inf),
     "b1": ("0 <= b1 < 1", lambda x: 0 <= x < 1),
     "b2": ("0 <= b2 <= 1", lambda x: 0 <= x <= 1),
-    "eps": (f"{_TINY:.8g} <= eps < inf", lambda x: _TINY <= x < np.inf),
+    "eps": (f"{_SMALLEST_EPS} <= eps < inf", lambda x: np.float32(_SMALLEST_EPS) <= x < np.inf),
     "weight_decay": ("0 <= weight_decay < inf", lambda x: 0 <= x < np.inf),
 }
 
@@ -34,7 +40,7 @@ def checked(name: str, value: Any) -> Scalar:
         TypeError: it is none of these, or its dtype is complex, boolean or narrower than float32.
         ValueError: its shape is not (), or it is out of bounds (not checked where traced).
     """
-    scalar = as_scalar(name, value)
+    scalar = as_scalar(name, value, _INJECTED)
     if isinstance(scalar, Tracer):
         return scalar
     allowed, is_allowed = _ALLOWED[name]
@@ -59,8 +65,13 @@ def at(name: str, value: Any, count: jax.Array) -> Scalar:
     return as_scalar(f"{name}(count)", value(count)) if callable(value) else value
 
 
-def as_scalar(name: str, value: Any) -> Scalar:
+def as_scalar(name: str, value: Any, hint: str = "") -> Scalar:
     """`value` as a Python float, or as an array of shape () in the widest enabled float dtype.
+
+    Args:
+        name: what the errors call it.
+        value: see `checked`.
+        hint: what else to say of a dtype that is too narrow.
 
     Raises:
         TypeError, ValueError: see `checked`.
@@ -80,9 +91,8 @@ def as_scalar(name: str, value: Any) -> Scalar:
         raise ValueError(f"{name} must have shape (), got an array of shape {value.shape}")
     if jnp.issubdtype(value.dtype, jnp.floating) and jnp.finfo(value.dtype).bits < 32:
         raise TypeError(
-            f"{name} came as {value.dtype}, which is too coarse to hold it (0.999 becomes 1 in "
-            "bfloat16, 1e-8 becomes 0 in float16); pass float32. If optax.inject_hyperparams "
-            "made it, give that hyperparam_dtype=jnp.float32"
+            f"{name} came as {value.dtype}, which is too coarse for a hyperparameter (0.999 is 1 "
+            f"in bfloat16, 1e-8 is 0 in float16): pass float32{hint}"
         )
     if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
         raise TypeError(f"{name} must be real, got an array of dtype {value.dtype}")

@@ -46,20 +46,13 @@ def zeros_for_moments(params: Any, *, real: bool) -> Any:
 
     def zeros(path: jax.tree_util.KeyPath, p: Any) -> jax.Array:
         p = _as_array(p)
-        kind = _kind(p)
-        if kind is None:
+        if _kind(p) is None:
             raise TypeError(
                 f"params{jax.tree_util.keystr(path)} must be an array of numbers, got "
                 f"{describe(p)}; filter such leaves out, with None in their place"
             )
-        dtype = jax.dtypes.canonicalize_dtype(p.dtype)
-        if kind != "integer":
-            wide = jnp.finfo(dtype).bits == 64
-            if kind == "complex" and not real:
-                dtype = jnp.complex128 if wide else jnp.complex64
-            else:
-                dtype = jnp.float64 if wide else jnp.float32
-        return jnp.zeros_like(p, dtype=dtype)
+        first, norm = _moment_dtypes(jax.dtypes.canonicalize_dtype(p.dtype))
+        return jnp.zeros_like(p, dtype=norm if real else first)
 
     return jax.tree_util.tree_map_with_path(zeros, params)
 
@@ -68,8 +61,8 @@ def scalar_sharding(params: Any) -> Sharding | None:
     """Where a new scalar must lie so that a compiled step leaves it there: no second compilation.
 
     Returns:
-        Replicated over the one mesh, or on the one device, to which all of `params` is committed;
-        None where there is no such place or it cannot be known (traced or NumPy leaves).
+        Replicated over the one mesh, or on the one device, to which all of `params` is committed,
+        or will be if it is abstract; None where there is no such place or it cannot be known.
     """
 
     def place(sharding: Sharding) -> Sharding | None:
@@ -79,11 +72,12 @@ def scalar_sharding(params: Any) -> Sharding | None:
             return SingleDeviceSharding(*sharding.device_set)
         return None
 
-    places = {
-        place(p.sharding)
-        for p in jax.tree.leaves(params)
-        if isinstance(p, jax.Array) and not isinstance(p, Tracer) and p.committed
-    }
+    def is_placed(p: Any) -> bool:
+        if isinstance(p, jax.ShapeDtypeStruct):
+            return p.sharding is not None
+        return isinstance(p, jax.Array) and not isinstance(p, Tracer) and p.committed
+
+    places = {place(p.sharding) for p in jax.tree.leaves(params) if is_placed(p)}
     return places.pop() if len(places) == 1 else None
 
 
@@ -105,7 +99,7 @@ def side_by_side(
     Raises:
         ValueError: a tree differs from the gradients in structure, or a leaf in shape.
         TypeError: a gradient or parameter is real where the state is complex or integer, or the
-            like, or no array.
+            like, or no array; or the state has been cast since `init`.
     """
     if updates is None and mu is not None:
         raise ValueError("gradients are None; a tree in the structure of params is needed")
@@ -135,6 +129,9 @@ def side_by_side(
         for name, x in [("gradients", g)] + [("params", p)] * (params is not None):
             if _kind(x) != _kind(m) or x.shape != m.shape:
                 raise _misfit(name, updates, index, x, m)
+        found = (m.dtype, getattr(u, "dtype", None), getattr(u, "shape", None))
+        if found != (*_moment_dtypes(m.dtype), m.shape):
+            raise _spoiled(updates, index, m, u)
         rows.append(Leaf(g, m, u, p, decay))
     return treedef, rows
 
@@ -169,9 +166,13 @@ def describe(x: Any) -> str:
     return f"{x.dtype} of shape {x.shape}" if is_array else reprlib.repr(x)
 
 
+def _path(updates: Any, index: int) -> str:
+    leaves = jax.tree_util.tree_leaves_with_path(updates, is_leaf=_is_none)
+    return jax.tree_util.keystr(leaves[index][0])
+
+
 def _misfit(name: str, updates: Any, index: int, x: Any, m: Any) -> Exception:
-    paths = jax.tree_util.tree_leaves_with_path(updates, is_leaf=_is_none)
-    path = f"{name}{jax.tree_util.keystr(paths[index][0])}"
+    path = f"{name}{_path(updates, index)}"
     if not jax.tree_util.all_leaves([m]):
         return ValueError(f"{path} is a leaf where params at init had a subtree: {describe(m)}")
     same_kind = _kind(x) == _kind(m) or not jax.tree_util.all_leaves([x])
@@ -179,6 +180,26 @@ def _misfit(name: str, updates: Any, index: int, x: Any, m: Any) -> Exception:
         f"{path} must be {_kind(m)} of shape {m.shape}, like the parameter at init, "
         f"got {describe(x)}"
     )
+
+
+def _spoiled(updates: Any, index: int, m: Any, u: Any) -> Exception:
+    path = _path(updates, index)
+    first, norm = _moment_dtypes(m.dtype)
+    return TypeError(
+        f"state.mu{path} and state.nu{path} must be as init makes them, {jnp.dtype(first)} and "
+        f"{jnp.dtype(norm)} of shape {m.shape}, got {describe(m)} and {describe(u)}"
+    )
+
+
+def _moment_dtypes(dtype: Any) -> tuple[Any, Any]:
+    """Dtypes of the first moment and the norm for parameters, or first moments, of a dtype."""
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return dtype, dtype
+    wide = jnp.finfo(dtype).bits == 64
+    norm = jnp.float64 if wide else jnp.float32
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return (jnp.complex128 if wide else jnp.complex64), norm
+    return norm, norm
 
 
 def _as_array(x: Any) -> Any:

@@ -9,8 +9,8 @@ from jax.core import Tracer
 
 from adamaxw._leaves import broadcast, describe
 
-_STATIC_ARGS = (
-    "optax.inject_hyperparams calls a callable mask as if it were a schedule, with the count for "
+_INJECTED = (
+    ". optax.inject_hyperparams calls a callable mask as if it were a schedule, with the count for "
     "params; keep it from that with static_args=('mask',)"
 )
 
@@ -30,8 +30,9 @@ def refuse_called_mask(mask: Any, hyperparameters: tuple[Any, ...]) -> None:
         isinstance(value, jax.Array) for value in hyperparameters
     ):
         raise TypeError(
-            f"mask={mask} came with hyperparameters that are arrays: {_STATIC_ARGS}. "
-            "To decay all leaves pass mask=None, to decay none weight_decay=0"
+            f"mask={mask} beside hyperparameters that are arrays cannot be told from a callable "
+            "mask that was called by mistake: pass mask=None to decay all leaves, weight_decay=0 "
+            f"to decay none{_INJECTED}"
         )
 
 
@@ -66,11 +67,15 @@ def _is_boolean(leaf: Any) -> bool:
 
 def _as_bool(path: jax.tree_util.KeyPath, leaf: Any) -> bool:
     name = f"mask{jax.tree_util.keystr(path)}"
+    # A function that was called by mistake leaves one value in place of the whole tree.
+    hint = "" if path else _INJECTED
     if isinstance(leaf, Tracer):
         raise TypeError(
-            f"{name} is traced; which leaves decay must be known when the step is compiled, so "
-            f"build the mask of Python booleans. {_STATIC_ARGS}"
+            f"{name} is traced; which leaves decay must be known when the step is compiled: build "
+            f"the mask of Python booleans{hint}"
         )
     if not _is_boolean(leaf):
-        raise TypeError(f"{name} must be a boolean, got {describe(leaf)}. {_STATIC_ARGS}")
+        raise TypeError(
+            f"{name} must be one boolean for a leaf or subtree, got {describe(leaf)}{hint}"
+        )
     return bool(leaf)

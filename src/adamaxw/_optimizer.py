@@ -20,23 +20,19 @@ class AdamaxState(NamedTuple):
             32 bits, float64 for float64, complex for complex ones. Integer and boolean parameters
             do not train; in their place are zeros of their dtype.
         nu: infinity norms, like `mu`, but real for complex parameters.
-        scale: None; reserved for moments stored in fewer bits.
-        residual: None; reserved for parameters stored in 16 bits.
     """
 
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  (tuple.count)
-    mu: optax.Updates
-    nu: optax.Updates
-    scale: None = None
-    residual: None = None
+    count: Any  # pyright: ignore[reportIncompatibleMethodOverride]  (tuple.count)
+    mu: Any
+    nu: Any
 
 
 def adamaxw(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: jax.typing.ArrayLike | optax.Schedule,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    weight_decay: jax.typing.ArrayLike | optax.Schedule = 1e-4,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
     scale_decay_by_lr: bool = True,
@@ -57,11 +53,13 @@ def adamaxw(
             given the number of updates done so far, an int32 scalar, 0 at the first.
         b1: decay rate of the first moment, 0 <= b1 < 1; a number or a scalar array.
         b2: decay rate of the infinity norm, 0 <= b2 <= 1; likewise.
-        eps: lower bound of the infinity norm, a normal float32 > 0 (at least 1.2e-38); likewise.
+        eps: lower bound of the infinity norm, at least 1e-30; likewise.
         weight_decay: wd, strength of the decay; a number, a scalar array or a schedule.
         mask: which parameters decay: None (all), a tree of booleans with the structure of params or
             a prefix of it, or a function that returns such a tree, given params. The other
-            parameters are updated by Adamax all the same.
+            parameters are updated by Adamax all the same. A lone boolean goes only with
+            hyperparameters that are no JAX arrays: else it may be what optax.inject_hyperparams
+            has made of a function, and is refused.
         scale_decay_by_lr: if False, the decay is `wd_t p_{t-1}` without lr_t, the decoupling of
             Loshchilov & Hutter; a schedule as `weight_decay` is then their schedule multiplier.
 
@@ -118,7 +116,7 @@ def adamaxw(
 
 
 def adamax(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: jax.typing.ArrayLike | optax.Schedule,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
@@ -187,6 +185,8 @@ def _transformation(
             raise TypeError(
                 f"state must be the AdamaxState that init returned, got a {type(state).__name__}"
             )
+        if not jnp.issubdtype(jnp.result_type(state.count), jnp.integer):
+            raise TypeError(f"state.count must be an integer, got {_leaves.describe(state.count)}")
         if decay is None:
             params = decays = None
         elif params is None:

@@ -47,9 +47,8 @@ def adamaxw_rule(
         with eps inside the maximum as in PyTorch and Optax; Loshchilov & Hutter, "Decoupled Weight
         Decay Regularization", ICLR 2019, Algorithm 2, line 12.
     """
-    m = b1 * m + (1 - b1) * g
-    # b2 u, but 1 - b2 has more digits: float32 holds 0.999 with an error that compounds each step.
-    u = jnp.maximum(u - (1 - b2) * u, jnp.abs(g) + eps)
+    m = _shrink(b1, m) + (1 - b1) * g
+    u = jnp.maximum(_shrink(b2, u), jnp.abs(g) + eps)
     # m / u first: the ratio is of order 1, so no intermediate under- or overflows.
     step = -rate * (m / u.astype(m.dtype))
     if p is not None:
@@ -64,7 +63,16 @@ def bias_correction(b1: Scalar, t: jax.Array) -> jax.Array:
     """
     if isinstance(b1, float):
         with np.errstate(divide="ignore"):  # b1 = 0: log is -inf, and the correction is 1
-            log_b1 = float(np.log(b1))
-    else:
-        log_b1 = jnp.log(b1)
-    return -jnp.expm1(t * log_b1)
+            return -jnp.expm1(t * float(np.log(b1)))
+    # A traced b1 may be 0 and differentiated there: no logarithm of it, also where not chosen.
+    log_b1 = jnp.log(jnp.where(b1 < 0.5, 0.5, b1))
+    return jnp.where(b1 < 0.5, 1 - b1**t, -jnp.expm1(t * log_b1))
+
+
+def _shrink(b: Scalar, x: jax.Array) -> jax.Array:
+    """`b x`, for a Python float near 1 with the digits that float32 cannot hold of it.
+
+    The nearest float32 to 0.999 is off by 1.3e-8, an error that compounds with each step; 1 - b is
+    off by far less. Below 1/2 the difference would cancel, and b itself is as exact.
+    """
+    return x - (1 - b) * x if isinstance(b, float) and b >= 0.5 else b * x
