@@ -29,15 +29,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 # Tests and tables of data read unlike the rest of the library; the others are not part of it.
-SKIPPED = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"} | {
+SKIPPED = {
+    "__pycache__",
+    "dist-packages",
     "encodings",
+    "idle_test",
     "lib2to3",
     "pydoc_data",
+    "site-packages",
+    "test",
+    "tests",
 }
 MAX_BYTES = 5_000_000
 HEAD_SIZE = 32
 EVALUATIONS = 10
-HELD_OUT_WINDOWS = 256
+HELD_OUT_BYTES = 2**14
 
 
 class Split(NamedTuple):
@@ -192,9 +198,8 @@ def train(
     data = as_array(split.train)
     length = model.context + 1
     # The same windows each time, and for each seed, so that runs compare.
-    held_out = sample_windows(
-        np.random.default_rng(0), as_array(split.held_out), HELD_OUT_WINDOWS, length
-    )
+    count = max(1, HELD_OUT_BYTES // model.context)
+    held_out = sample_windows(np.random.default_rng(0), as_array(split.held_out), count, length)
     state = nnx.Optimizer(model, optimizer, wrt=nnx.Param)
     history = History([], [(0, float(evaluate(model, held_out)))], [])
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -238,7 +243,8 @@ def draw(path: Path, history: History, title: str) -> None:
     axes.plot(steps, history.train, color="tab:blue", alpha=0.25, label="training, each batch")
     window = max(1, len(steps) // 30)
     smooth = np.convolve(history.train, np.full(window, 1 / window), "valid")
-    axes.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"mean of {window} batches")
+    middles = steps[window // 2 :][: len(smooth)]
+    axes.plot(middles, smooth, color="tab:blue", label=f"mean of {window} batches")
     axes.plot(*zip(*history.held_out, strict=True), "o-", color="tab:orange", label="held out")
     axes.set(title=title, xlabel="step", ylabel="cross-entropy (nats per byte)")
     axes.legend()
@@ -265,7 +271,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.folder(args.output)
     console = Console()
 
-    split = split_sources(read_sources(sysconfig.get_paths()["stdlib"]))
+    root = sysconfig.get_paths()["stdlib"]
+    split = split_sources(read_sources(root))
+    if min(len(as_array(part)) for part in split) <= args.context:
+        parser.fail(f"too little Python source to read in {root}")
     for name, sources in split._asdict().items():
         size = sum(map(len, sources.values()))
         console.print(f"{name.replace('_', ' ')}: {len(sources)} files, {size:,} bytes")

@@ -11,6 +11,14 @@ import pytest
 _SMALL = ["--layers", "1", "--heads", "1", "--context", "16", "--batch-size", "32"]
 
 
+@pytest.fixture(autouse=True)
+def _compile_fast():
+    """Most of the time here is compilation; what is tested does not depend on its optimizations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "dtype"),
     [
@@ -90,6 +98,16 @@ def test_divergence_is_an_error(tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(r"diverged in step \d+; try another --learning-rate", line)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_sources(tmp_path, capsys, monkeypatch):
+    """Where the standard library has no source files, exit status 1 and one line on stderr."""
+    monkeypatch.setattr(language_model, "read_sources", lambda root: {})
+    with pytest.raises(SystemExit) as exit_info:
+        language_model.main(["--output", str(tmp_path)])
+    assert exit_info.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "too little Python source" in line
 
 
 def test_data(tmp_path):
