@@ -6,7 +6,6 @@ it with
     python benchmarks/accuracy.py
 """
 
-import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import optax
 from rich.console import Console
 from rich.table import Table
+from versions import versions
 
 import adamaxw
 
@@ -68,10 +68,7 @@ def main() -> None:
         table.add_row(kind, *cells)
     console.print(f"{STEPS} steps, relative rms error; the second of each pair is adamaxw's")
     console.print(table)
-    console.print(
-        f"optax {optax.__version__}, jax {jax.__version__}, {jax.default_backend()}, "
-        f"Python {platform.python_version()}, {platform.machine()}"
-    )
+    console.print(versions())
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Each row is a situation, run with both and beside the exact value. Run it with
     python benchmarks/reference_failures.py --markdown    # the rows of the README's table
 """
 
-import platform
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import numpy as np
 import optax
 from rich.console import Console
 from rich.table import Table
+from versions import versions
 
 import adamaxw
 
@@ -282,10 +282,7 @@ def main() -> None:
     for row in rows():
         table.add_row(row.situation, *map(_format, row[1:]))
     console.print(table)
-    console.print(
-        f"optax {optax.__version__}, jax {jax.__version__}, {jax.default_backend()}, "
-        f"Python {platform.python_version()}, {platform.machine()}"
-    )
+    console.print(versions())
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import language_model
 import matplotlib.image
 import numpy as np
 import pytest
+from command_lines import one_line_error
 
 _SMALL = ["--layers", "1", "--heads", "1", "--context", "16", "--batch-size", "32"]
 
@@ -79,23 +80,16 @@ def test_same_seed_same_run(tmp_path, capsys):
 )
 def test_refuses_bad_flags(flags, named, capsys):
     """Exit status 2, and one line on stderr that names the flag."""
-    with pytest.raises(SystemExit) as exit_info:
-        language_model.main(flags)
-    assert exit_info.value.code == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    (line,) = printed.err.splitlines()
-    assert "error: " in line
+    status, printed, line = one_line_error(language_model.main, flags, capsys)
+    assert (status, printed) == (2, "")
     assert named in line
 
 
 def test_divergence_is_an_error(tmp_path, capsys):
     """A loss that is not finite gives exit status 1, one line on stderr and no picture."""
     flags = ["--learning-rate", "1e30", "--steps", "20", "--output", str(tmp_path)]
-    with pytest.raises(SystemExit) as exit_info:
-        language_model.main([*_SMALL, *flags])
-    assert exit_info.value.code == 1
-    (line,) = capsys.readouterr().err.splitlines()
+    status, _, line = one_line_error(language_model.main, [*_SMALL, *flags], capsys)
+    assert status == 1
     assert re.search(r"diverged in step \d+; try another --learning-rate", line)
     assert list(tmp_path.iterdir()) == []
 
@@ -103,10 +97,8 @@ def test_divergence_is_an_error(tmp_path, capsys):
 def test_without_sources(tmp_path, capsys, monkeypatch):
     """Where the standard library has no source files, exit status 1 and one line on stderr."""
     monkeypatch.setattr(language_model, "read_sources", lambda root: {})
-    with pytest.raises(SystemExit) as exit_info:
-        language_model.main(["--output", str(tmp_path)])
-    assert exit_info.value.code == 1
-    (line,) = capsys.readouterr().err.splitlines()
+    status, _, line = one_line_error(language_model.main, ["--output", str(tmp_path)], capsys)
+    assert status == 1
     assert "too little Python source" in line
 
 
