@@ -47,7 +47,8 @@ def adamaxw_rule(
         with eps inside the maximum as in PyTorch and Optax; Loshchilov & Hutter, "Decoupled Weight
         Decay Regularization", ICLR 2019, Algorithm 2, line 12.
     """
-    m = _shrink(b1, m) + (1 - b1) * g
+    # The gradient first, as in Optax: a compiler that fuses the sum then rounds the same product.
+    m = (1 - b1) * g + _shrink(b1, m)
     u = jnp.maximum(_shrink(b2, u), jnp.abs(g) + eps)
     # m / u first: the ratio is of order 1, so no intermediate under- or overflows.
     step = -rate * (m / u.astype(m.dtype))
