@@ -24,7 +24,7 @@ import adamaxw
 # The oracle and the gradients are those of the tests.
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from gradients import KINDS, gradients
-from oracle import Oracle
+from oracle import Oracle, rms_error
 
 STEPS = 10_000
 SIZE = 256
@@ -44,12 +44,6 @@ def train(make: Callable[..., Any], params: jax.Array, grads: np.ndarray) -> Any
     return jax.jit(lambda p, g: jax.lax.scan(step, (p, opt.init(p)), g)[1])(params, grads)
 
 
-def error(got: jax.Array, exact: np.ndarray) -> float:
-    """Root mean square over steps and elements, each element in units of its own largest."""
-    scale = np.max(np.abs(exact), axis=0) + 1e-300
-    return float(np.sqrt(np.mean(((np.asarray(got, np.float64) - exact) / scale) ** 2)))
-
-
 def main() -> None:
     """Prints the errors of updates, mu and nu for every kind of gradient."""
     console = Console()
@@ -61,7 +55,7 @@ def main() -> None:
         update, _, m, u = oracle.run(grads)
         results = [train(make, params, grads) for make in (optax.adamaxw, adamaxw.adamaxw)]
         cells = [
-            f"{error(result[i], exact):.1e}"
+            f"{rms_error(result[i], exact):.1e}"
             for i, exact in enumerate((update, m, u))
             for result in results
         ]

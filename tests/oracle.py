@@ -3,6 +3,12 @@
 import numpy as np
 
 
+def rms_error(got, exact):
+    """Root mean square over steps and elements, each element in units of its own largest."""
+    scale = np.max(np.abs(exact), axis=0) + 1e-300
+    return np.sqrt(np.mean(((np.asarray(got, np.float64) - exact) / scale) ** 2))
+
+
 class Oracle:
     """AdamaxW on one array, with the symbols of the papers.
 
