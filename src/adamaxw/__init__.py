@@ -1,7 +1,8 @@
 """AdamaxW for JAX: Adamax with decoupled weight decay, as an Optax gradient transformation."""
 
+from adamaxw import moments as moments
 from adamaxw._optimizer import AdamaxState as AdamaxState
 from adamaxw._optimizer import adamax as adamax
 from adamaxw._optimizer import adamaxw as adamaxw
 
-__all__ = ["AdamaxState", "adamax", "adamaxw"]
+__all__ = ["AdamaxState", "adamax", "adamaxw", "moments"]

@@ -10,51 +10,96 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from adamaxw._formats import FORMATS, Format
+from adamaxw._rounding import Rounding, rounding
+
 
 class Leaf(NamedTuple):
     """A gradient and what belongs to it.
 
     Attributes:
         g: gradient, an array, or None.
-        m: first moment; any subtree where the gradient is None.
-        u: infinity norm; likewise.
-        p: parameter; likewise, and None where params were not given.
+        mu: stored first moment; any subtree where the gradient is None.
+        nu: stored infinity norm; likewise.
+        residual: what the rounding keeps; likewise, or None.
+        p: parameter; any subtree where the gradient is None, and None where params were not given.
         decays: whether the parameter decays.
+        rounding: how its new value is rounded; None where it does not train.
     """
 
     g: Any
-    m: Any
-    u: Any
+    mu: Any
+    nu: Any
+    residual: Any
     p: Any
     decays: bool
+    rounding: Rounding | None
 
 
-def zeros_for_moments(params: Any, *, real: bool) -> Any:
-    """A moment before the first step, with the structure, shapes and shardings of `params`.
+def zeros(params: Any, fmt: Format, param_rounding: str) -> tuple[Any, Any, Any]:
+    """Moments and residuals before the first step, with the shapes and shardings of `params`.
 
     Args:
         params: a tree of arrays, Python numbers or `jax.ShapeDtypeStruct`.
-        real: whether complex parameters get real zeros (infinity norm) or complex (first moment).
+        fmt: how moments are stored.
+        param_rounding: how parameters are rounded.
 
     Returns:
-        float32 zeros, float64 for 64-bit parameters, complex likewise; zeros of their own dtype
-        for integer and boolean parameters.
+        `(mu, nu, residual)`: trees in the structure of params, zeros in the dtypes of the format;
+        zeros of their own dtype for integer and boolean parameters; a residual of None where the
+        rounding keeps none, and for the whole tree where it never does.
 
     Raises:
-        TypeError: a leaf is no array of numbers.
+        TypeError: a leaf is no array of numbers, or the format or rounding does not fit it.
     """
 
-    def zeros(path: jax.tree_util.KeyPath, p: Any) -> jax.Array:
+    def place(path: jax.tree_util.KeyPath, p: Any) -> _Slots:
         p = _as_array(p)
+        name = f"params{jax.tree_util.keystr(path)}"
         if _kind(p) is None:
             raise TypeError(
-                f"params{jax.tree_util.keystr(path)} must be an array of numbers, got "
-                f"{describe(p)}; filter such leaves out, with None in their place"
+                f"{name} must be an array of numbers, got {describe(p)}; filter such leaves out, "
+                "with None in their place"
             )
-        first, norm = _moment_dtypes(jax.dtypes.canonicalize_dtype(p.dtype))
-        return jnp.zeros_like(p, dtype=norm if real else first)
+        dtype = jax.dtypes.canonicalize_dtype(p.dtype)
+        if _kind(p) == "integer":
+            return _Slots(jnp.zeros_like(p, dtype=dtype), jnp.zeros_like(p, dtype=dtype), None)
+        dtypes = fmt.dtypes(dtype)
+        if dtypes is None:
+            raise TypeError(
+                f"{name} is {dtype}, which moment_dtype={fmt.name} cannot hold: pass "
+                "moment_dtype=None, with optax.partition for this parameter alone"
+            )
+        kept = _rounding_of(name, param_rounding, dtype).residual_dtype
+        residual = None if kept is None else jnp.zeros_like(p, dtype=kept)
+        mu, nu = (jnp.zeros_like(p, dtype=d) for d in dtypes)
+        return _Slots(mu, nu, residual)
 
-    return jax.tree_util.tree_map_with_path(zeros, params)
+    slots = jax.tree_util.tree_map_with_path(place, params)
+
+    residual = _column(slots, 2) if param_rounding == "exact" else None
+    return _column(slots, 0), _column(slots, 1), residual
+
+
+class _Slots(NamedTuple):
+    mu: Any
+    nu: Any
+    residual: Any
+
+
+def _column(slots: Any, i: int) -> Any:
+    return jax.tree.map(lambda slot: slot[i], slots, is_leaf=lambda x: isinstance(x, _Slots))
+
+
+def _rounding_of(name: str, param_rounding: str, dtype: Any) -> Rounding:
+    chosen = rounding(param_rounding, dtype)
+    if chosen is None:
+        others = '"nearest" or "stochastic"' if dtype == jnp.float16 else '"nearest"'
+        raise TypeError(
+            f'{name} is {dtype}, for which param_rounding="{param_rounding}" is not defined: pass '
+            f"{others}, with optax.partition for this parameter alone"
+        )
+    return chosen
 
 
 def scalar_sharding(params: Any) -> Sharding | None:
@@ -82,16 +127,22 @@ def scalar_sharding(params: Any) -> Sharding | None:
 
 
 def side_by_side(
-    updates: Any, mu: Any, nu: Any, params: Any, decays: Any
+    updates: Any,
+    moments: tuple[Any, Any, Any],
+    params: Any,
+    decays: Any,
+    fmt: Format,
+    param_rounding: str,
 ) -> tuple[Any, list[Leaf]]:
     """Aligns the gradients with the moments and params, leaf by leaf.
 
     Args:
         updates: the gradients; a None in them is a leaf.
-        mu: first moments, in the structure of params.
-        nu: infinity norms, likewise.
+        moments: `(mu, nu, residual)` of the state, as `zeros` made them.
         params: the parameters, or None: not needed.
-        decays: a tree of booleans in the structure of params, or None with it.
+        decays: a tree of booleans in the structure of params, or None: none decays.
+        fmt: how moments are stored.
+        param_rounding: how parameters are rounded.
 
     Returns:
         The structure of `updates` and its leaves with what belongs to them.
@@ -99,8 +150,9 @@ def side_by_side(
     Raises:
         ValueError: a tree differs from the gradients in structure, or a leaf in shape.
         TypeError: a gradient or parameter is real where the state is complex or integer, or the
-            like, or no array; or the state has been cast since `init`.
+            like, or no array; or the state is not as `zeros` makes it.
     """
+    mu, nu, residual = moments
     if updates is None and mu is not None:
         raise ValueError("gradients are None; a tree in the structure of params is needed")
     gradients, treedef = jax.tree.flatten(updates, is_leaf=_is_none)
@@ -112,28 +164,81 @@ def side_by_side(
             broadcast("gradients", updates, name, tree, is_leaf=_is_none)
             raise
 
-    moments = zip(leaves("state.mu", mu), leaves("state.nu", nu), strict=True)
-    if params is None:
-        parameters = [(None, False)] * len(gradients)
-    else:
-        parameters = zip(leaves("params", params), leaves("mask", decays), strict=True)
-
+    none = [None] * len(gradients)
+    columns = (
+        leaves("state.mu", mu),
+        leaves("state.nu", nu),
+        none if residual is None else leaves("state.residual", residual),
+        none if params is None else leaves("params", params),
+        [False] * len(gradients) if decays is None else leaves("mask", decays),
+    )
     rows = []
-    for index, (g, (m, u), (p, decay)) in enumerate(
-        zip(gradients, moments, parameters, strict=True)
-    ):
+    for index, (g, m, u, r, p, decay) in enumerate(zip(gradients, *columns, strict=True)):
         if g is None:
-            rows.append(Leaf(g, m, u, p, decay))
+            rows.append(Leaf(g, m, u, r, p, decay, None))
             continue
         g, p = _as_array(g), _as_array(p)
+        kind = _stored_kind(m, u, fmt)
         for name, x in [("gradients", g)] + [("params", p)] * (params is not None):
-            if _kind(x) != _kind(m) or x.shape != m.shape:
-                raise _misfit(name, updates, index, x, m)
-        found = (m.dtype, getattr(u, "dtype", None), getattr(u, "shape", None))
-        if found != (*_moment_dtypes(m.dtype), m.shape):
-            raise _spoiled(updates, index, m, u)
-        rows.append(Leaf(g, m, u, p, decay))
+            if kind is not None and (_kind(x) != kind or x.shape != m.shape):
+                raise _misfit(name, updates, index, x, m, kind)
+        if kind is None or u.shape != m.shape:
+            raise _spoiled(updates, index, g, m, u, fmt)
+        how = None
+        if kind != "integer":
+            # Without params nothing is rounded.
+            dtype = g.dtype if params is None else p.dtype
+            path = f"params{_path(updates, index)}"
+            how = _rounding_of(path, param_rounding, dtype)
+            if how.residual_dtype is None:
+                fits = r is None
+            else:
+                fits = getattr(r, "dtype", None) == how.residual_dtype and r.shape == m.shape
+            if not fits:
+                raise _misfit_residual(updates, index, p, r, how)
+        rows.append(Leaf(g, m, u, r, p, decay, how))
     return treedef, rows
+
+
+def map_moments(function: Callable[[Any, Any, Any], tuple[Any, Any]], mu: Any, nu: Any) -> Any:
+    """Maps two moments of each leaf that trains to two others; the other leaves stay.
+
+    Args:
+        function: of the path, a leaf of `mu` and one of `nu`.
+        mu: a tree of arrays.
+        nu: a tree in the structure of `mu`, with the same shapes.
+
+    Raises:
+        ValueError: the trees differ.
+        TypeError: a leaf is no array of numbers.
+    """
+
+    def pair(path: jax.tree_util.KeyPath, m: Any, u: Any) -> _Slots:
+        m, u = _as_array(m), _as_array(u)
+        name = jax.tree_util.keystr(path)
+        if _kind(m) is None or _kind(u) is None:
+            raise TypeError(
+                f"mu{name} and nu{name} must be arrays, got {describe(m)}, {describe(u)}"
+            )
+        if m.shape != u.shape:
+            raise ValueError(f"mu{name} has shape {m.shape}, nu{name} has {u.shape}")
+        trains = m.dtype != u.dtype or _kind(m) != "integer"
+        return _Slots(*(function(path, m, u) if trains else (m, u)), None)
+
+    broadcast("mu", mu, "nu", nu)
+    slots = jax.tree_util.tree_map_with_path(pair, mu, nu)
+    return tuple(_column(slots, i) for i in range(2))
+
+
+def stored_format(mu: Any, nu: Any) -> Format | None:
+    """The format of the moments of one leaf; None where it is none."""
+    kinds = (fmt for fmt in FORMATS if _stored_kind(mu, nu, fmt) in ("real", "complex"))
+    return next(kinds, None)
+
+
+def inexact(tree: Any) -> list[Any]:
+    """The floating and complex leaves of a tree."""
+    return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
 
 def broadcast(
@@ -155,11 +260,6 @@ def broadcast(
         raise ValueError(f"{prefix_name} and {name} differ in structure: {where}") from None
 
 
-def trains(m: jax.Array) -> bool:
-    """Whether a first moment belongs to a parameter that trains: floating or complex."""
-    return _kind(m) != "integer"
-
-
 def describe(x: Any) -> str:
     """A few words on a leaf that was refused, however large it is."""
     is_array = hasattr(x, "dtype") and hasattr(x, "shape")
@@ -171,35 +271,61 @@ def _path(updates: Any, index: int) -> str:
     return jax.tree_util.keystr(leaves[index][0])
 
 
-def _misfit(name: str, updates: Any, index: int, x: Any, m: Any) -> Exception:
+def _misfit(name: str, updates: Any, index: int, x: Any, m: Any, kind: str) -> Exception:
     path = f"{name}{_path(updates, index)}"
-    if not jax.tree_util.all_leaves([m]):
-        return ValueError(f"{path} is a leaf where params at init had a subtree: {describe(m)}")
-    same_kind = _kind(x) == _kind(m) or not jax.tree_util.all_leaves([x])
+    same_kind = _kind(x) == kind or not jax.tree_util.all_leaves([x])
     return (ValueError if same_kind else TypeError)(
-        f"{path} must be {_kind(m)} of shape {m.shape}, like the parameter at init, "
-        f"got {describe(x)}"
+        f"{path} must be {kind} of shape {m.shape}, like the parameter at init, got {describe(x)}"
     )
 
 
-def _spoiled(updates: Any, index: int, m: Any, u: Any) -> Exception:
+def _spoiled(updates: Any, index: int, g: Any, m: Any, u: Any, fmt: Format) -> Exception:
     path = _path(updates, index)
-    first, norm = _moment_dtypes(m.dtype)
+    if not jax.tree_util.all_leaves([m]):
+        return ValueError(
+            f"gradients{path} is a leaf where params at init had a subtree: {describe(m)}"
+        )
+    is_inexact = _kind(g) in ("real", "complex")
+    dtypes = (fmt.dtypes(g.dtype) if is_inexact else None) or fmt.dtypes(jnp.float32)
+    expected = " and ".join(str(jnp.dtype(dtype)) for dtype in dtypes or ())
     return TypeError(
-        f"state.mu{path} and state.nu{path} must be as init makes them, {jnp.dtype(first)} and "
-        f"{jnp.dtype(norm)} of shape {m.shape}, got {describe(m)} and {describe(u)}"
+        f"state.mu{path} and state.nu{path} must be as init makes them, {expected} of shape "
+        f"{g.shape}, got {describe(m)} and {describe(u)}. A state made with another moment_dtype "
+        "is converted by adamaxw.moments.pack(adamaxw.moments.unpack(state), moment_dtype)"
     )
 
 
-def _moment_dtypes(dtype: Any) -> tuple[Any, Any]:
-    """Dtypes of the first moment and the norm for parameters, or first moments, of a dtype."""
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        return dtype, dtype
-    wide = jnp.finfo(dtype).bits == 64
-    norm = jnp.float64 if wide else jnp.float32
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        return (jnp.complex128 if wide else jnp.complex64), norm
-    return norm, norm
+def _misfit_residual(updates: Any, index: int, p: Any, residual: Any, how: Rounding) -> Exception:
+    path = _path(updates, index)
+    if how.residual_dtype is None:
+        return TypeError(
+            f"params{path} came as {describe(p)}, but its state has a residual, as "
+            'param_rounding="exact" keeps for bfloat16: what applied the updates must keep the '
+            "dtype, as optax.apply_updates does, and the optimizer must be the one that made the "
+            "state, or state._replace(residual=None)"
+        )
+    return TypeError(
+        f"state.residual{path} must be {jnp.dtype(how.residual_dtype)} of shape {jnp.shape(p)}, "
+        f"got {describe(residual)}: init makes it for the bfloat16 params it is given with "
+        'param_rounding="exact"'
+    )
+
+
+def _stored_kind(m: Any, u: Any, fmt: Format) -> str | None:
+    """What parameters the moments of a leaf belong to; None if no parameter has such moments."""
+    found = (getattr(m, "dtype", None), getattr(u, "dtype", None))
+    for dtype, kind in _KINDS.items():
+        if fmt.dtypes(dtype) == found:
+            return kind
+    return "integer" if found[0] == found[1] and _kind(m) == "integer" else None
+
+
+_KINDS = {
+    jnp.float32: "real",
+    jnp.float64: "real",
+    jnp.complex64: "complex",
+    jnp.complex128: "complex",
+}
 
 
 def _as_array(x: Any) -> Any:

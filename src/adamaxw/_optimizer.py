@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adamaxw import _hyperparameters, _leaves, _masking
-from adamaxw._rule import Scalar, adamaxw_rule, bias_correction
+from adamaxw import _formats, _hyperparameters, _leaves, _masking, _rounding
+from adamaxw._rule import Scalar, adamaxw_rule, bias_correction, shrink
 
 
 class AdamaxState(NamedTuple):
@@ -16,15 +16,23 @@ class AdamaxState(NamedTuple):
 
     Attributes:
         count: int32 scalar, the number of updates done; it stays at 2**31 - 1 when it gets there.
-        mu: first moments, with the structure and shapes of params: float32 for parameters of up to
-            32 bits, float64 for float64, complex for complex ones. Integer and boolean parameters
+        mu: first moments, with the structure, shapes and shardings of params. With
+            `moment_dtype=None` float32 for parameters of up to 32 bits, float64 for float64,
+            complex for complex ones; else bfloat16, or int8 codes. Integer and boolean parameters
             do not train; in their place are zeros of their dtype.
-        nu: infinity norms, like `mu`, but real for complex parameters.
+        nu: infinity norms, like `mu`, but real for complex parameters; bfloat16, or uint8 codes.
+        nu_scale: float32 scalar, the unit of `nu` in the whole tree; None with `moment_dtype=None`.
+        residual: with `param_rounding="exact"` a tree like params: int16 beside each bfloat16
+            parameter, None beside the others. Else None.
+
+    `adamaxw.moments.unpack` reads the moments, `adamaxw.moments.master_params` the parameters.
     """
 
     count: Any  # pyright: ignore[reportIncompatibleMethodOverride]  (tuple.count)
     mu: Any
     nu: Any
+    nu_scale: Any = None
+    residual: Any = None
 
 
 def adamaxw(
@@ -35,6 +43,8 @@ def adamaxw(
     weight_decay: jax.typing.ArrayLike | optax.Schedule = 1e-4,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
+    moment_dtype: Any = None,
+    param_rounding: str = "nearest",
     scale_decay_by_lr: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Adamax with decoupled weight decay.
@@ -46,7 +56,8 @@ def adamaxw(
         p_t = p_{t-1} - lr_t (m_t / ((1 - b1^t) u_t) + wd_t p_{t-1})
 
     in float32, whatever the dtype of parameters and gradients (float64 for float64 parameters).
-    The updates come in the dtype of the gradients.
+    The updates come in the dtype of the gradients, with the one exception of
+    `param_rounding="exact"`.
 
     Args:
         learning_rate: lr, a number, a scalar array (traced too), or a schedule: a callable that is
@@ -60,6 +71,16 @@ def adamaxw(
             parameters are updated by Adamax all the same. A lone boolean goes only with
             hyperparameters that are no JAX arrays: else it may be what optax.inject_hyperparams
             has made of a function, and is refused.
+        moment_dtype: how the moments are stored between steps. None: in the dtype of the
+            arithmetic, 8 bytes a float32 parameter. "bfloat16" or the dtype: 4 bytes. "uint8" or
+            the dtype: 2 bytes, the norm within 5.9% (1/12 of an octave) of the exact one for ever,
+            up to `eps * 2**42.5`; eps must be at least 1e-10. Real parameters only.
+        param_rounding: how the new value of a bfloat16 or float16 parameter is rounded, which
+            `optax.apply_updates` does. "nearest": steps below 1/512 of a bfloat16 parameter are
+            lost. "stochastic": to one of the two neighbours at random, so that the mean is right.
+            "exact": bfloat16 parameters get 16 bits more in the state, and train as float32 ones
+            that are rounded when they are used; their updates are float32. Float32 parameters are
+            not touched. With the last two, no transformation after this one may change updates.
         scale_decay_by_lr: if False, the decay is `wd_t p_{t-1}` without lr_t, the decoupling of
             Loshchilov & Hutter; a schedule as `weight_decay` is then their schedule multiplier.
 
@@ -72,8 +93,9 @@ def adamaxw(
         TypeError: a hyperparameter is no real scalar, or has a dtype narrower than float32; later,
             from `init` and `update`: a leaf of params, of the gradients or of the mask has a dtype
             that does not fit.
-        ValueError: a hyperparameter whose value is known is out of bounds or not a scalar; later,
-            from `init` and `update`: params are missing, or trees differ in structure or shapes.
+        ValueError: a hyperparameter whose value is known is out of bounds or not a scalar, or
+            `moment_dtype` or `param_rounding` is none of the three; later, from `init` and
+            `update`: params are missing, or trees differ in structure or shapes.
 
     Source:
         Kingma & Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, Algorithm 2, with eps
@@ -112,7 +134,7 @@ def adamaxw(
         wd = _hyperparameters.at("weight_decay", weight_decay, count)
         return lr * wd if scale_decay_by_lr else wd
 
-    return _transformation(learning_rate, b1, b2, eps, decay, mask)
+    return _transformation(learning_rate, b1, b2, eps, decay, mask, moment_dtype, param_rounding)
 
 
 def adamax(
@@ -120,6 +142,9 @@ def adamax(
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    moment_dtype: Any = None,
+    param_rounding: str = "nearest",
 ) -> optax.GradientTransformationExtraArgs:
     """Adamax: `adamaxw` without weight decay.
 
@@ -128,10 +153,12 @@ def adamax(
         b1: as in `adamaxw`.
         b2: as in `adamaxw`.
         eps: as in `adamaxw`.
+        moment_dtype: as in `adamaxw`.
+        param_rounding: as in `adamaxw`.
 
     Returns:
         A transformation with the state `AdamaxState`, as for `adamaxw`; its `update` does not need
-        params.
+        params unless `param_rounding` is "stochastic" or "exact".
 
     Raises:
         TypeError, ValueError: as in `adamaxw`.
@@ -148,7 +175,7 @@ def adamax(
         >>> print(updates.round(3))
         [-0.5  0.5]
     """
-    return _transformation(learning_rate, b1, b2, eps, None, None)
+    return _transformation(learning_rate, b1, b2, eps, None, None, moment_dtype, param_rounding)
 
 
 def _transformation(
@@ -158,21 +185,30 @@ def _transformation(
     eps: Any,
     decay: Callable[[Scalar, jax.Array], Scalar] | None,
     mask: Any,
+    moment_dtype: Any,
+    param_rounding: str,
 ) -> optax.GradientTransformationExtraArgs:
     """`adamaxw` with `decay` from the learning rate and the count, `adamax` with None."""
     learning_rate = _hyperparameters.checked_or_schedule("learning_rate", learning_rate)
     b1 = _hyperparameters.checked("b1", b1)
     b2 = _hyperparameters.checked("b2", b2)
+    fmt = _formats.named(moment_dtype)
     eps = _hyperparameters.checked("eps", eps)
+    _formats.check_eps(fmt, eps)
+    param_rounding = _rounding.checked(param_rounding)
 
     def init(params: optax.Params) -> Any:
-        mu = _leaves.zeros_for_moments(params, real=False)
-        nu = _leaves.zeros_for_moments(params, real=True)
+        mu, nu, residual = _leaves.zeros(params, fmt, param_rounding)
         # A tree without leaves is also what optax.tree.map_params puts here: no mask fits that.
         if decay is not None and jax.tree.leaves(params):
             _masking.resolve_mask(mask, params)
-        count = jnp.zeros((), jnp.int32, device=_leaves.scalar_sharding(params))
-        return AdamaxState(count, mu, nu)
+        place = _leaves.scalar_sharding(params)
+        count = jnp.zeros((), jnp.int32, device=place)
+        unit = jnp.asarray(eps, jnp.float32)
+        nu_scale = fmt.rescale(unit, unit)
+        if nu_scale is not None and place is not None:
+            nu_scale = jax.device_put(nu_scale, place)
+        return AdamaxState(count, mu, nu, nu_scale, residual)
 
     def update(
         updates: Any,
@@ -181,53 +217,106 @@ def _transformation(
         **extra_args: Any,
     ) -> tuple[Any, Any]:
         del extra_args
-        if not isinstance(state, AdamaxState):
-            raise TypeError(
-                f"state must be the AdamaxState that init returned, got a {type(state).__name__}"
-            )
-        if not jnp.issubdtype(jnp.result_type(state.count), jnp.integer):
-            raise TypeError(f"state.count must be an integer, got {_leaves.describe(state.count)}")
-        if decay is None:
+        _check(state, fmt)
+        if decay is None and param_rounding == "nearest":
             params = decays = None
         elif params is None:
-            raise ValueError("adamaxw decays the params: call update(gradients, state, params)")
+            why = "adamaxw decays the params" if decay else f"param_rounding={param_rounding!r}"
+            raise ValueError(f"{why}: call update(gradients, state, params)")
         else:
-            decays = _masking.resolve_mask(mask, params)
-        treedef, leaves = _leaves.side_by_side(updates, state.mu, state.nu, params, decays)
+            decays = None if decay is None else _masking.resolve_mask(mask, params)
+        moments = state.mu, state.nu, state.residual
+        treedef, leaves = _leaves.side_by_side(
+            updates, moments, params, decays, fmt, param_rounding
+        )
 
         count = jnp.minimum(state.count, 2**31 - 2) + 1  # saturates, does not wrap
         lr = _hyperparameters.at("learning_rate", learning_rate, state.count)
         rate = lr / bias_correction(b1, count.astype(jnp.result_type(float)))
-        decay_now = 0.0 if decay is None else decay(lr, state.count)
-        stepped = [_step_leaf(leaf, b1, b2, eps, rate, decay_now) for leaf in leaves]
-        columns = zip(*stepped, strict=True) if stepped else ([], [], [])
-        updates, mu, nu = (treedef.unflatten(column) for column in columns)
-        return updates, AdamaxState(count, mu, nu)
+        rates = _Rates(b1, b2, eps, rate, 0.0 if decay is None else decay(lr, state.count))
+        scale = new_scale = state.nu_scale
+        if scale is not None:
+            new_scale = fmt.rescale(
+                shrink(_cast(b2, jnp.float32), scale), jnp.asarray(eps, jnp.float32)
+            )
+        stepped = [
+            _step_leaf(leaf, rates, fmt, (scale, new_scale), state.count, index)
+            for index, leaf in enumerate(leaves)
+        ]
+        columns = zip(*stepped, strict=True) if stepped else ([], [], [], [])
+        updates, mu, nu, residual = (treedef.unflatten(column) for column in columns)
+        residual = None if state.residual is None else residual
+        return updates, AdamaxState(count, mu, nu, new_scale, residual)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _check(state: Any, fmt: _formats.Format) -> None:
+    """Refuses what is no state, or one without what belongs to no leaf."""
+    if not isinstance(state, AdamaxState):
+        raise TypeError(
+            f"state must be the AdamaxState that init returned, got a {type(state).__name__}"
+        )
+    if not jnp.issubdtype(jnp.result_type(state.count), jnp.integer):
+        raise TypeError(f"state.count must be an integer, got {_leaves.describe(state.count)}")
+    scale = state.nu_scale
+    fits = scale is None
+    if fmt.has_scale:
+        fits = getattr(scale, "dtype", None) == jnp.float32 and scale.shape == ()
+    if not fits:
+        expected = "a float32 scalar" if fmt.has_scale else "None"
+        raise TypeError(
+            f"state.nu_scale must be {expected} with moment_dtype={fmt.name}, got "
+            f"{_leaves.describe(scale)}. A state made with another moment_dtype is converted by "
+            "adamaxw.moments.pack(adamaxw.moments.unpack(state), moment_dtype)"
+        )
+
+
+class _Rates(NamedTuple):
+    """The hyperparameters of `adamaxw_rule`, at one step."""
+
+    b1: Scalar
+    b2: Scalar
+    eps: Scalar
+    rate: Scalar
+    decay: Scalar
+
+
 def _step_leaf(
-    leaf: _leaves.Leaf, b1: Scalar, b2: Scalar, eps: Scalar, rate: Scalar, decay: Scalar
-) -> tuple[Any, Any, Any]:
-    """Applies the rule to one leaf in the dtype of its moments; returns `(update, m, u)`."""
-    g, m, u, p, decays = leaf
+    leaf: _leaves.Leaf,
+    rates: _Rates,
+    fmt: _formats.Format,
+    scales: tuple[Any, Any],
+    count: jax.Array,
+    index: int,
+) -> tuple[Any, Any, Any, Any]:
+    """Applies the rule to one leaf; returns `(update, mu, nu, residual)`."""
+    g, mu, nu, residual, p, decays, rounding = leaf
     if g is None:
-        return None, m, u
-    if not _leaves.trains(m):
-        return jnp.zeros_like(m), m, u
+        return None, mu, nu, residual
+    if rounding is None:
+        return jnp.zeros_like(mu), mu, nu, residual
+    noise = other_noise = None
+    if fmt.is_noisy or rounding.is_noisy:
+        noise, other_noise = _rounding.noise(count, index, mu.shape)
+
+    dtype = jnp.float64 if jnp.finfo(g.dtype).bits == 64 else jnp.float32
+    m, u = fmt.decode(mu, nu, scales[0], dtype)
+    value = None if p is None else rounding.read(p, residual, m.dtype)
     step, m, u = adamaxw_rule(
         g.astype(m.dtype),
         m,
         u,
-        p.astype(m.dtype) if decays else None,
-        b1=_cast(b1, m.dtype),
-        b2=_cast(b2, u.dtype),
-        eps=_cast(eps, u.dtype),
-        rate=_cast(rate, m.dtype),
-        decay=_cast(decay, m.dtype),
+        value if decays else None,
+        b1=_cast(rates.b1, m.dtype),
+        b2=_cast(rates.b2, u.dtype),
+        eps=_cast(rates.eps, u.dtype),
+        rate=_cast(rates.rate, m.dtype),
+        decay=_cast(rates.decay, m.dtype),
     )
-    return step.astype(g.dtype), m, u
+    mu, nu = fmt.encode(m, u, scales[1], noise)
+    update, residual = rounding.write(step, value, p, residual, other_noise, g.dtype)
+    return update, mu, nu, residual
 
 
 def _cast(scalar: Scalar, dtype: Any) -> Scalar:

@@ -48,8 +48,8 @@ def adamaxw_rule(
         Decay Regularization", ICLR 2019, Algorithm 2, line 12.
     """
     # The gradient first, as in Optax: a compiler that fuses the sum then rounds the same product.
-    m = (1 - b1) * g + _shrink(b1, m)
-    u = jnp.maximum(_shrink(b2, u), jnp.abs(g) + eps)
+    m = (1 - b1) * g + shrink(b1, m)
+    u = jnp.maximum(shrink(b2, u), jnp.abs(g) + eps)
     # m / u first: the ratio is of order 1, so no intermediate under- or overflows.
     step = -rate * (m / u.astype(m.dtype))
     if p is not None:
@@ -70,7 +70,7 @@ def bias_correction(b1: Scalar, t: jax.Array) -> jax.Array:
     return jnp.where(b1 < 0.5, 1 - b1**t, -jnp.expm1(t * log_b1))
 
 
-def _shrink(b: Scalar, x: jax.Array) -> jax.Array:
+def shrink(b: Scalar, x: jax.Array) -> jax.Array:
     """`b x`, for a Python float near 1 with the digits that float32 cannot hold of it.
 
     The nearest float32 to 0.999 is off by 1.3e-8, an error that compounds with each step; 1 - b is

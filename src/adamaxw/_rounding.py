@@ -1,0 +1,244 @@
+"""How the new value of a parameter narrower than float32 is rounded, and the noise for it.
+
+`optax.apply_updates` computes `p + u` and rounds it to the nearest. So the new value p' is chosen
+first, and the update is `p' - p`: then p + u is p'.
+"""
+
+import reprlib
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from adamaxw._formats import round_to_bfloat16
+
+_NAMES = ("nearest", "stochastic", "exact")
+
+
+class Rounding(Protocol):
+    """What becomes of one leaf's step.
+
+    Attributes:
+        is_noisy: whether `write` uses noise.
+        residual_dtype: dtype of what `write` keeps beside each element, or None.
+    """
+
+    is_noisy: ClassVar[bool]
+    residual_dtype: ClassVar[Any]
+
+    def read(self, p: jax.Array, residual: jax.Array | None, dtype: Any) -> jax.Array:
+        """The value of a parameter, in the dtype of the arithmetic."""
+        ...
+
+    def write(
+        self,
+        step: jax.Array,
+        value: Any,
+        p: Any,
+        residual: Any,
+        noise: Any,
+        dtype: Any,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The update that takes a parameter to about `value + step`, and the new residual.
+
+        Args:
+            step: what the rule wants to add.
+            value: what `read` gave.
+            p: the parameter as it is stored; unused by Nearest.
+            residual: the one before.
+            noise: uint32, uniform in [0, 2^16).
+            dtype: dtype of the gradient.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The step itself; whoever applies it rounds to the nearest."""
+
+    is_noisy: ClassVar[bool] = False
+    residual_dtype: ClassVar[Any] = None
+
+    def read(self, p: jax.Array, residual: jax.Array | None, dtype: Any) -> jax.Array:
+        """See `Rounding`."""
+        del residual
+        return p.astype(dtype)
+
+    def write(
+        self, step: jax.Array, value: Any, p: Any, residual: Any, noise: Any, dtype: Any
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """See `Rounding`."""
+        del value, p, noise
+        return step.astype(dtype), residual
+
+
+@dataclass(frozen=True)
+class Stochastic:
+    """One of the two neighbours at random, without bias. The update has the gradient's dtype.
+
+    In a bfloat16 gradient's dtype, p' - p is exact unless the step is larger than p.
+    """
+
+    is_noisy: ClassVar[bool] = True
+    residual_dtype: ClassVar[Any] = None
+
+    def read(self, p: jax.Array, residual: jax.Array | None, dtype: Any) -> jax.Array:
+        """See `Rounding`."""
+        del residual
+        return p.astype(dtype)
+
+    def write(
+        self, step: jax.Array, value: Any, p: Any, residual: Any, noise: Any, dtype: Any
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """See `Rounding`."""
+        target = (value + step).astype(jnp.float32)
+        round_ = round_to_bfloat16 if p.dtype == jnp.bfloat16 else round_to_float16
+        new = round_(target, noise).astype(value.dtype)
+        return (new - value).astype(dtype), residual
+
+
+@dataclass(frozen=True)
+class Exact:
+    """bfloat16 with a residual of 16 bits: together the bits of a float32 master weight.
+
+    The update is float32, whatever the gradient: in bfloat16, p + u would miss p' wherever a
+    parameter crosses zero.
+    """
+
+    is_noisy: ClassVar[bool] = False
+    residual_dtype: ClassVar[Any] = jnp.int16
+
+    def read(self, p: jax.Array, residual: Any, dtype: Any) -> jax.Array:
+        """See `Rounding`."""
+        return join(p, residual).astype(dtype)
+
+    def write(
+        self, step: jax.Array, value: Any, p: Any, residual: Any, noise: Any, dtype: Any
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """See `Rounding`."""
+        del residual, dtype
+        p = p.astype(jnp.float32)
+        master = (value + step).astype(jnp.float32)
+        upper, _ = split(master)
+        # What p becomes. Where p' is smaller than p by 2^16, p' - p may have no float32.
+        landed = lax.reduce_precision(
+            p + (upper.astype(jnp.float32) - p), exponent_bits=8, mantissa_bits=7
+        )
+        master = jnp.where(landed == upper.astype(jnp.float32), master, landed)
+        # Division by 1: XLA on the CPU computes the two results in loops of their own, and would
+        # repeat in each, and round as it likes, what they share; a division it does once and keeps.
+        upper, residual = split(master / jnp.where(jnp.isnan(master), 2.0, 1.0))
+        return upper.astype(jnp.float32) - p, residual
+
+
+def rounding(param_rounding: str, dtype: Any) -> Rounding | None:
+    """The rounding for parameters of an inexact dtype; None where it is not defined for them.
+
+    Args:
+        param_rounding: "nearest", "stochastic" or "exact".
+        dtype: of the parameter. Nothing is rounded from float32 on, so that "nearest" applies.
+    """
+    narrow = jnp.finfo(dtype).bits < 32
+    if param_rounding == "nearest" or not narrow:
+        return Nearest()
+    if dtype == jnp.bfloat16:
+        return Stochastic() if param_rounding == "stochastic" else Exact()
+    return Stochastic() if dtype == jnp.float16 and param_rounding == "stochastic" else None
+
+
+def checked(param_rounding: Any) -> str:
+    """Returns a user's `param_rounding`.
+
+    Raises:
+        ValueError: it is none of the three.
+    """
+    if not isinstance(param_rounding, str) or param_rounding not in _NAMES:
+        raise ValueError(
+            'param_rounding must be "nearest", "stochastic" or "exact", got '
+            f"{reprlib.repr(param_rounding)}"
+        )
+    return param_rounding
+
+
+def split(master: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Splits float32 into bfloat16 and int16, without loss.
+
+    Returns:
+        `(p, residual)`: p is the nearest bfloat16, of two the one further from zero; the bits of
+        master are those of p, with 16 zeros behind, plus residual. Of NaN, only that is kept.
+    """
+    bits = lax.bitcast_convert_type(master, jnp.int32)
+    nan = jnp.isnan(master)
+    high = jnp.where(nan, np.int32(0x7FC0), (bits + 2**15) >> 16)
+    p = lax.bitcast_convert_type(high.astype(jnp.int16), jnp.bfloat16)
+    residual = jnp.where(nan, 0, bits - (high << 16))
+    return p, residual.astype(jnp.int16)
+
+
+def join(p: jax.Array, residual: jax.Array) -> jax.Array:
+    """The float32 that `split` has taken apart.
+
+    A parameter that was changed since keeps its new value, to within half a step of bfloat16.
+    """
+    high = lax.bitcast_convert_type(p, jnp.int16).astype(jnp.int32) << 16
+    residual = residual.astype(jnp.int32)
+    # Below zero there is nothing: the bits of -0 minus 1 are a NaN.
+    is_zero = (high & np.int32(2**31 - 1)) == 0
+    residual = jnp.where(is_zero, jnp.maximum(residual, 0), residual)
+    return lax.bitcast_convert_type(high + residual, jnp.float32)
+
+
+def round_to_float16(x: jax.Array, noise: jax.Array) -> jax.Array:
+    """Rounds float32 to a neighbour in float16; see `round_to_bfloat16`."""
+    # Above 2^-14 float16 lacks the last 13 bits of float32.
+    bits = lax.bitcast_convert_type(x, jnp.uint32) + (noise >> 3)
+    normal = lax.bitcast_convert_type(bits & np.uint32(0xFFFFE000), jnp.float32)
+    # Below, it holds the multiples of 2^-24.
+    chance = (noise.astype(jnp.int32).astype(jnp.float32) + 0.5) * 2.0**-16
+    multiple = jnp.floor(jnp.abs(x) * 2.0**24 + chance) * 2.0**-24
+    subnormal = jnp.where(x < 0, -multiple, multiple)
+    rounded = jnp.where(jnp.abs(x) < 2.0**-14, subnormal, normal)
+    return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.float16)
+
+
+def noise(count: jax.Array, leaf: int, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Noise for one leaf at one step: a hash of count, leaf and the element's index in the leaf.
+
+    It depends on nothing else: not on the mesh, and there is no key to keep.
+
+    Args:
+        count: int32 scalar, the number of updates done.
+        leaf: index of the leaf in the tree.
+        shape: of the whole leaf.
+
+    Returns:
+        Two uint32 arrays of that shape, independent and uniform in [0, 2^16).
+    """
+    key = _mix(count.astype(jnp.uint32) + _mix(jnp.uint32(leaf) + np.uint32(0x9E3779B9)))
+    other_key = _mix(key ^ np.uint32(0x85EBCA6B))
+    index = jnp.zeros(shape, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(len(shape))):
+        index += lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride % 2**32)
+        stride *= shape[axis]
+    # `_mix` with a second key between its rounds: else the noise of any two leaves or steps would
+    # be the same sequence, read from another element on.
+    x = (index ^ key) * _FACTORS[0]
+    x = ((x ^ (x >> 15)) + other_key) * _FACTORS[1]
+    x ^= x >> 16
+    return x >> 16, x & np.uint32(0xFFFF)
+
+
+_FACTORS = (np.uint32(0x7FEB352D), np.uint32(0x846CA68B))
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """A bijective hash of uint32: Chris Wellons' `lowbias32`, from his hash-prospector (2018)."""
+    x ^= x >> 16
+    x *= _FACTORS[0]
+    x ^= x >> 15
+    x *= _FACTORS[1]
+    return x ^ (x >> 16)
