@@ -6,6 +6,7 @@ Each row is a situation, run with both and beside the exact value. Run it with
     python benchmarks/reference_failures.py --markdown    # the rows of the README's table
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -88,18 +89,29 @@ def zero_gradient_in_float16() -> Row:
     )
 
 
-def _decayed(make: Any, dtype: Any) -> float:
-    params = jnp.ones((), dtype)
+def _decayed(make: Any, dtype: Any, parameters: int = 1) -> float:
+    params = jnp.ones(parameters, dtype)
     opt = make(1e-2, weight_decay=1e-2)
-    params, _ = _train(opt, params, jnp.zeros(2000, dtype))
-    return float(params)
+    params, _ = _train(opt, params, jnp.zeros((2000, parameters), dtype))
+    return float(params.astype(jnp.float32).mean())
 
 
 def decay_lost_in_bfloat16() -> Row:
     """Adding -1e-4 to a bfloat16 parameter near 1 rounds back to it."""
+    stochastic = functools.partial(adamaxw.adamaxw, param_rounding="stochastic")
     return Row(
         "bfloat16 parameters, learning_rate x weight_decay = 1e-4, 2000 steps without gradient: "
-        "a parameter that was 1",
+        'the mean of 10,000 that were 1 (ours: `param_rounding="stochastic"`)',
+        _decayed(optax.adamaxw, jnp.bfloat16, 10_000),
+        _decayed(stochastic, jnp.bfloat16, 10_000),
+        0.9999**2000,
+    )
+
+
+def decay_with_the_default_rounding() -> Row:
+    """Unless asked, the sum is rounded to the nearest, as everywhere."""
+    return Row(
+        "the same with the defaults of both",
         _decayed(optax.adamaxw, jnp.bfloat16),
         _decayed(adamaxw.adamaxw, jnp.bfloat16),
         0.9999**2000,
@@ -230,19 +242,28 @@ def one_inf_gradient_skipped() -> Row:
 def state_memory() -> list[Row]:
     """Bytes of state for each parameter, counted from the arrays."""
 
-    def bytes_a_parameter(make: Any, dtype: Any) -> float:
+    def bytes_a_parameter(dtype: Any, make: Any, **options: Any) -> float:
         params = jnp.ones(1000, dtype)
-        state = make(1e-3).init(params)
+        state = make(1e-3, **options).init(params)
         return sum(x.nbytes for x in jax.tree.leaves(state) if x.ndim) / params.size
 
+    cases = [
+        (jnp.float32, {}),
+        (jnp.float32, {"moment_dtype": "bfloat16"}),
+        (jnp.float32, {"moment_dtype": "uint8"}),
+        (jnp.bfloat16, {}),
+        (jnp.bfloat16, {"moment_dtype": "uint8"}),
+        (jnp.bfloat16, {"moment_dtype": "uint8", "param_rounding": "exact"}),
+    ]
     return [
         Row(
-            f"{jnp.dtype(dtype).name} parameters: bytes of state a parameter",
-            bytes_a_parameter(optax.adamaxw, dtype),
-            bytes_a_parameter(adamaxw.adamaxw, dtype),
+            f"{jnp.dtype(dtype).name} parameters: bytes of state a parameter"
+            + "".join(f', `{name}="{value}"`' for name, value in options.items()),
+            bytes_a_parameter(dtype, optax.adamaxw),
+            bytes_a_parameter(dtype, adamaxw.adamaxw, **options),
             "",
         )
-        for dtype in (jnp.float32, jnp.bfloat16)
+        for dtype, options in cases
     ]
 
 
@@ -252,6 +273,7 @@ def rows() -> list[Row]:
         norm_never_decays(),
         zero_gradient_in_float16(),
         decay_lost_in_bfloat16(),
+        decay_with_the_default_rounding(),
         decay_with_float32_parameters(),
         scan_with_float32_gradients(),
         injected_b2(),

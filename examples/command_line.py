@@ -4,8 +4,9 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import jax
 import optax
 
 import adamaxw
@@ -34,6 +35,31 @@ class Parser(argparse.ArgumentParser):
             "--output", type=Path, default=Path(output), help="folder for the picture"
         )
 
+    def add_low_precision(self) -> None:
+        """Adds the flags for how `adamaxw` stores moments and rounds parameters."""
+        self.add_argument(
+            "--moments",
+            choices=("float32", "bfloat16", "uint8"),
+            default="float32",
+            help="how adamaxw stores the moments",
+        )
+        self.add_argument(
+            "--rounding",
+            choices=("nearest", "stochastic", "exact"),
+            default="nearest",
+            help="how adamaxw rounds bfloat16 parameters",
+        )
+
+    def low_precision(self, args: argparse.Namespace) -> dict[str, Any]:
+        """The flags of `add_low_precision` as arguments of `adamaxw`; others must not have them."""
+        if args.optimizer != "adamaxw":
+            for flag, value in (("--moments", args.moments), ("--rounding", args.rounding)):
+                if value != self.get_default(flag[2:]):
+                    self.error(f"argument {flag}: only with --optimizer adamaxw")
+            return {}
+        moments = None if args.moments == "float32" else args.moments
+        return {"moment_dtype": moments, "param_rounding": args.rounding}
+
     def error(self, message: str) -> NoReturn:
         """Exits with status 2, without the usage."""
         self.fail(message, status=2)
@@ -48,6 +74,11 @@ class Parser(argparse.ArgumentParser):
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             self.error(f"argument --output: {path}: {error.strerror}")
+
+
+def bytes_a_parameter(tree: Any, parameters: int) -> float:
+    """The bytes of all arrays in a tree, for each of so many parameters."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / parameters
 
 
 def rate(text: str) -> float:

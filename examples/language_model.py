@@ -6,6 +6,7 @@ schedule, with weight decay on the matrices only, and behind gradient clipping. 
 
     python examples/language_model.py
     python examples/language_model.py --optimizer optax.adamw --learning-rate 0.006
+    python examples/language_model.py --dtype bfloat16 --moments uint8 --rounding stochastic
 """
 
 import math
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from command_line import OPTIMIZERS, Parser, integer_in
+from command_line import OPTIMIZERS, Parser, bytes_a_parameter, integer_in
 from flax import nnx
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -267,7 +268,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of parameters, too"
     )
+    parser.add_low_precision()
     args = parser.parse_args(argv)
+    options = parser.low_precision(args)
     parser.folder(args.output)
     console = Console()
 
@@ -286,7 +289,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     make = OPTIMIZERS[args.optimizer]
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
-        make(schedule, weight_decay=args.weight_decay, mask=matrices),
+        make(schedule, weight_decay=args.weight_decay, mask=matrices, **options),
+    )
+    params = nnx.as_pure(nnx.state(model, nnx.Param))
+    number = sum(p.size for p in jax.tree.leaves(params))
+    state = optimizer.init(params)
+    console.print(
+        f"bytes a parameter: {bytes_a_parameter(params, number):.2f} for parameters, "
+        f"{bytes_a_parameter(state, number):.2f} for the optimizer's state"
     )
     start = time.perf_counter()
     history = train(model, optimizer, split, args.steps, args.batch_size, args.seed, console)

@@ -136,7 +136,8 @@ class BFloat16:
         self, m: jax.Array, u: jax.Array, scale: Any, noise: Any
     ) -> tuple[jax.Array, jax.Array]:
         """See `Format`."""
-        m, u = m.astype(jnp.float32), u.astype(jnp.float32)
+        # Half of the largest number: 1 / scale may double it.
+        m, u = (_clip_finite(x.astype(jnp.float32), 2.0**127) for x in (m, u))
         return round_to_bfloat16(m, noise), (u * (1 / scale)).astype(jnp.bfloat16)
 
     def decode(
@@ -150,7 +151,7 @@ class BFloat16:
 class Logarithmic:
     """2 bytes a parameter: `nu` on a logarithmic grid, `mu` as the ratio of the two moments.
 
-    - `nu`, uint8, a code c: `u = scale 2^(c / levels)`, with `eps 2^(-1/levels) < scale <= eps`.
+    - `nu`, uint8, a code c: `u = scale 2^(c / levels)`, with the scale within half a level of eps.
     - `mu`, int8, a code q: `m = u peak sign(q) (q / 127)^2`, rounded at random between two
       neighbours, without bias. Where `|m|` exceeds `peak u` it is clipped. -128 stands for what is
       not finite.
@@ -173,7 +174,7 @@ class Logarithmic:
 
     def rescale(self, scale: jax.Array, eps: jax.Array) -> jax.Array | None:
         """See `Format`."""
-        steps = jnp.floor(self.levels * jnp.log2(eps / scale))
+        steps = jnp.round(self.levels * jnp.log2(eps / scale))
         moved = scale * jnp.exp2(steps / self.levels)
         return jnp.where((scale > 0) & (moved < jnp.inf), moved, eps)
 
@@ -182,15 +183,12 @@ class Logarithmic:
     ) -> tuple[jax.Array, jax.Array]:
         """See `Format`."""
         m, u = m.astype(jnp.float32), u.astype(jnp.float32)
-        # XLA repeats in each loop what two results share, and would store a shared division
-        # instead: a temporary of 4 bytes a parameter. A product it repeats.
+        # A product with the reciprocal: XLA on the CPU computes mu and nu in loops of their own,
+        # and stores what is dear and both need, such as a quotient, as a temporary of 4 bytes.
         code = _round_to_int(jnp.clip(self.levels * _log2(u * (1 / scale)), 0, 255))
-        ratio = jnp.abs(m / (self._power(code) * (scale * np.float32(self.peak / 127**2))))
-        square = jnp.where(ratio < 127.0**2, ratio, 127.0**2)
-        below = jnp.floor(jnp.sqrt(square))
-        # The squares to both sides are 2 below + 1 apart.
+        ratio = jnp.abs(m / (self._power(code) * (scale * np.float32(self.peak))))
         chance = (jnp.asarray(noise, jnp.int32).astype(jnp.float32) + 0.5) * 2.0**-16
-        magnitude = below + jnp.where(chance * (2 * below + 1) < square - below * below, 1.0, 0.0)
+        magnitude = self._compress(jnp.where(ratio < 1.0, ratio, 1.0), chance)
         signed = jnp.where(m < 0, -magnitude, magnitude)
         q = _round_to_int(jnp.where(ratio < jnp.inf, signed, -128.0))
         return q.astype(jnp.int8), code.astype(jnp.uint8)
@@ -201,9 +199,20 @@ class Logarithmic:
         """See `Format`."""
         u = self._power(nu) * scale
         q = mu.astype(jnp.float32)
-        ratio = q * jnp.abs(q) * np.float32(self.peak / 127**2)
+        ratio = self._expand(q) * np.float32(self.peak)
         m = jnp.where(q == -128, jnp.nan, ratio) * u
         return m.astype(dtype), u.astype(dtype)
+
+    def _compress(self, ratio: jax.Array, chance: jax.Array) -> jax.Array:
+        """A magnitude q, 0 to 127, whose mean over chances in (0, 1) is the ratio in [0, 1]."""
+        square = ratio * 127.0**2
+        below = jnp.floor(jnp.sqrt(square))
+        # The squares to both sides are 2 below + 1 apart.
+        is_above = chance * (2 * below + 1) < square - below * below
+        return below + jnp.where(is_above, 1.0, 0.0)
+
+    def _expand(self, q: jax.Array) -> jax.Array:
+        return q * jnp.abs(q) * np.float32(1 / 127**2)
 
     def _power(self, code: jax.Array) -> jax.Array:
         """`2^(code / levels)`."""
@@ -268,6 +277,10 @@ def round_to_bfloat16(x: jax.Array, noise: Any) -> jax.Array:
     rounded = lax.bitcast_convert_type(high, jnp.bfloat16)
     # The noise would carry some NaN over to zero.
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
+
+
+def _clip_finite(x: jax.Array, limit: float) -> jax.Array:
+    return jnp.where(jnp.isfinite(x), jnp.clip(x, -limit, limit), x)
 
 
 # 2^f for 0 <= f <= 1, highest power first: relative error below 4e-6, exact at 0.

@@ -226,6 +226,7 @@ def map_moments(function: Callable[[Any, Any, Any], tuple[Any, Any]], mu: Any, n
         return _Slots(*(function(path, m, u) if trains else (m, u)), None)
 
     broadcast("mu", mu, "nu", nu)
+    broadcast("nu", nu, "mu", mu)
     slots = jax.tree_util.tree_map_with_path(pair, mu, nu)
     return tuple(_column(slots, i) for i in range(2))
 

@@ -198,7 +198,9 @@ def round_to_float16(x: jax.Array, noise: jax.Array) -> jax.Array:
     normal = lax.bitcast_convert_type(bits & np.uint32(0xFFFFE000), jnp.float32)
     # Below, it holds the multiples of 2^-24.
     chance = (noise.astype(jnp.int32).astype(jnp.float32) + 0.5) * 2.0**-16
-    multiple = jnp.floor(jnp.abs(x) * 2.0**24 + chance) * 2.0**-24
+    exact = jnp.abs(x) * 2.0**24
+    below = jnp.floor(exact)
+    multiple = (below + jnp.where(chance < exact - below, 1.0, 0.0)) * 2.0**-24
     subnormal = jnp.where(x < 0, -multiple, multiple)
     rounded = jnp.where(jnp.abs(x) < 2.0**-14, subnormal, normal)
     return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.float16)
@@ -224,21 +226,15 @@ def noise(count: jax.Array, leaf: int, shape: tuple[int, ...]) -> tuple[jax.Arra
     for axis in reversed(range(len(shape))):
         index += lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride % 2**32)
         stride *= shape[axis]
-    # `_mix` with a second key between its rounds: else the noise of any two leaves or steps would
-    # be the same sequence, read from another element on.
-    x = (index ^ key) * _FACTORS[0]
-    x = ((x ^ (x >> 15)) + other_key) * _FACTORS[1]
-    x ^= x >> 16
+    # The second key comes between the rounds: else the noise of any two leaves or steps would be
+    # the same sequence, read from another element on.
+    x = _mix(index ^ key, other_key)
     return x >> 16, x & np.uint32(0xFFFF)
 
 
-_FACTORS = (np.uint32(0x7FEB352D), np.uint32(0x846CA68B))
-
-
-def _mix(x: jax.Array) -> jax.Array:
-    """A bijective hash of uint32: Chris Wellons' `lowbias32`, from his hash-prospector (2018)."""
-    x ^= x >> 16
-    x *= _FACTORS[0]
-    x ^= x >> 15
-    x *= _FACTORS[1]
-    return x ^ (x >> 16)
+def _mix(x: jax.Array, key: jax.Array | int = 0) -> jax.Array:
+    """A bijective hash of uint32: Chris Wellons' `triple32`, from his hash-prospector (2018)."""
+    x = (x ^ (x >> 17)) * np.uint32(0xED5AD4BB)
+    x = ((x ^ (x >> 11)) + key) * np.uint32(0xAC4C1B51)
+    x = (x ^ (x >> 15)) * np.uint32(0x31848BAB)
+    return x ^ (x >> 14)

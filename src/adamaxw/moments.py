@@ -103,7 +103,8 @@ def pack(
     scale = None
     if fmt.has_scale:
         # The largest norm sets the grid: norms that lie on one already stay what they are.
-        largest = [jnp.max(x, initial=0, where=jnp.isfinite(x)) for x in _leaves.inexact(nu)]
+        norms = [x.astype(jnp.float32) for x in _leaves.inexact(nu)]
+        largest = [jnp.max(x, initial=0, where=jnp.isfinite(x)) for x in norms]
         top = jnp.max(jnp.stack([jnp.float32(0), *largest]))
         scale = fmt.rescale(top, unit)
 

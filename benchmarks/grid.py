@@ -1,0 +1,131 @@
+"""Which grid stores moments best in 2 bytes: levels an octave, range and spacing of the ratio.
+
+One vector is trained for 10,000 steps on gradients of several kinds, with a drift that training
+should follow, and never synchronised with the float32 run on the same gradients. Each row changes
+one thing in the format that ships. Run it with
+
+    python benchmarks/grid.py
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from versions import versions
+
+import adamaxw
+from adamaxw import _formats
+
+# The gradients are those of the tests.
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from gradients import gradients
+
+STEPS = 10_000
+SIZE = 4096
+EPS = 1e-8
+KINDS = ("normal", "heavy-tailed", "sparse", "rare", "spikes")
+
+
+@dataclass(frozen=True)
+class Power(_formats.Logarithmic):
+    """The format that ships with another spacing: ratios at (q / 127)^power."""
+
+    power: float = 2.0
+
+    def _compress(self, ratio: jax.Array, chance: jax.Array) -> jax.Array:
+        below = jnp.floor(127 * ratio ** (1 / self.power))
+        low, high = (below / 127) ** self.power, ((below + 1) / 127) ** self.power
+        return jnp.minimum(below + (chance * (high - low) < ratio - low), 127.0)
+
+    def _expand(self, q: jax.Array) -> jax.Array:
+        return jnp.sign(q) * jnp.abs(q / 127) ** self.power
+
+
+@dataclass(frozen=True)
+class ToNearest(_formats.Logarithmic):
+    """The format that ships, without chance."""
+
+    def _compress(self, ratio: jax.Array, chance: jax.Array) -> jax.Array:
+        return super()._compress(ratio, jnp.full_like(chance, 0.5))
+
+
+def formats() -> dict[str, _formats.Format]:
+    """What is compared, by name; the first is what ships."""
+    ships = _formats.Logarithmic()
+    chosen: dict[str, _formats.Format] = {
+        f"ships: {ships.levels} levels an octave, m/u up to {ships.peak}, squares": ships
+    }
+    for levels in (3, 4, 5, 7, 8):
+        chosen[f"{levels} levels an octave"] = replace(ships, levels=levels)
+    for peak in (1.08, 1.5, 2.0):
+        chosen[f"m/u up to {peak}"] = replace(ships, peak=peak)
+    for power in (1.0, 1.5, 3.0):
+        chosen[f"(q/127)^{power:g}"] = Power(power=power)
+    chosen["rounded to the nearest"] = ToNearest()
+    chosen["bfloat16"] = _formats.BFloat16()
+    return chosen
+
+
+def noisy_drift(kind: str) -> np.ndarray:
+    """Gradients of a kind, of shape (STEPS, SIZE), with a mean of a tenth of their size."""
+    if kind == "rare":
+        rng = np.random.default_rng(0)
+        g = np.zeros((STEPS, SIZE), np.float32)
+        rows = rng.integers(0, STEPS // 2, SIZE)
+        for again in (0, STEPS // 2):
+            g[rows + again, np.arange(SIZE)] = rng.normal(size=SIZE)
+        return g
+    g = gradients(kind, STEPS, (SIZE,))
+    drift = np.where(np.arange(SIZE) % 2, 0.1, -0.1).astype(np.float32)
+    return np.clip(g + drift * (g != 0), -1e4, 1e4)
+
+
+def train(fmt: _formats.Format, grads: Any) -> np.ndarray:
+    """The parameters at the end, from zeros."""
+    with mock.patch.object(_formats, "FORMATS", (fmt,)):
+        opt = adamaxw.adamax(1e-3, eps=EPS, moment_dtype=fmt.name)
+
+    def step(carry: Any, g: jax.Array) -> tuple[Any, None]:
+        params, state = carry
+        updates, state = opt.update(g, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    params = jnp.zeros(SIZE)
+    with mock.patch.object(_formats, "FORMATS", (fmt,)):
+        (params, _), _ = jax.jit(lambda carry, grads: jax.lax.scan(step, carry, grads))(
+            (params, opt.init(params)), grads
+        )
+    return np.asarray(params, np.float64)
+
+
+def error(got: np.ndarray, exact: np.ndarray) -> float:
+    """Root mean square of the difference, relative to the way that the float32 run went."""
+    return float(np.sqrt(np.mean((got - exact) ** 2) / np.mean(exact**2)))
+
+
+def main() -> None:
+    """Prints the table, in Markdown."""
+    grads = {kind: jnp.asarray(noisy_drift(kind)) for kind in KINDS}
+    exact = {kind: train(_formats.Wide(), grads[kind]) for kind in KINDS}
+    print(f"Error of the params after {STEPS:,} steps, relative to their way; eps {EPS:g}.")
+    print(f"{SIZE} parameters; {versions()}\n")
+    print("| format | norm within | largest norm |", " | ".join(KINDS), "|")
+    print("|---" * (3 + len(KINDS)) + "|")
+    for name, fmt in formats().items():
+        within = top = ""
+        if isinstance(fmt, _formats.Logarithmic):
+            within = f"{100 * (2 ** (0.5 / fmt.levels) - 1):.1f}%"
+            top = f"{EPS * 2 ** (255 / fmt.levels):.2g}"
+        errors = (error(train(fmt, grads[kind]), exact[kind]) for kind in KINDS)
+        cells = (name, within, top, *(f"{100 * x:.2f}%" for x in errors))
+        print("|", " | ".join(cells), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()
