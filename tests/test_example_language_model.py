@@ -60,6 +60,26 @@ def test_same_seed_same_run(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("flags", "sizes"),
+    [
+        ([], (4.0, 8.0)),
+        (["--moments", "uint8"], (4.0, 2.0)),
+        (["--dtype", "bfloat16", "--moments", "uint8", "--rounding", "stochastic"], (2.0, 2.0)),
+        (["--dtype", "bfloat16", "--moments", "bfloat16", "--rounding", "exact"], (2.0, 6.0)),
+        (["--dtype", "bfloat16", "--optimizer", "optax.adamaxw"], (2.0, 4.0)),
+    ],
+)
+def test_formats_and_rounding(flags, sizes, tmp_path, capsys):
+    """Every format trains, and the bytes printed are those of the arrays, to the scalars."""
+    with jax.numpy_dtype_promotion("standard"):
+        flags = [*flags, "--steps", "3", "--output", str(tmp_path)]
+        assert language_model.main([*_SMALL, *flags]) == 0
+    printed = capsys.readouterr().out
+    found = re.search(r"([\d.]+) for parameters, ([\d.]+) for the optimizer's state", printed)
+    assert tuple(map(float, found.groups())) == pytest.approx(sizes, abs=0.011)
+
+
+@pytest.mark.parametrize(
     ("flags", "named"),
     [
         (["--steps", "0"], "--steps"),
@@ -74,6 +94,10 @@ def test_same_seed_same_run(tmp_path, capsys):
         (["--learning-rate", "nan"], "--learning-rate"),
         (["--weight-decay", "inf"], "--weight-decay"),
         (["--optimizer", "sgd"], "--optimizer"),
+        (["--moments", "int8"], "--moments"),
+        (["--rounding", "up"], "--rounding"),
+        (["--optimizer", "optax.adamaxw", "--moments", "uint8"], "--moments"),
+        (["--optimizer", "optax.adamw", "--rounding", "exact"], "--rounding"),
         (["--output", __file__], "--output"),
         (["--unknown"], "--unknown"),
     ],

@@ -47,8 +47,8 @@ def unpack(state: AdamaxState) -> Moments:
         >>> import jax.numpy as jnp
         >>> opt = adamaxw.adamax(0.1, moment_dtype="uint8")
         >>> _, state = opt.update(jnp.array([4.0, -0.1]), opt.init(jnp.zeros(2)))
-        >>> print(adamaxw.moments.unpack(state).nu.round(2))
-        [3.98 0.1 ]
+        >>> print(*(f"{u:.2f}" for u in adamaxw.moments.unpack(state).nu))
+        3.79 0.11
     """
     _check_state(state)
 
