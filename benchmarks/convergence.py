@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import optax
 from matplotlib.figure import Figure
@@ -219,7 +220,7 @@ def table(runs: dict[str, Any]) -> list[str]:
 
     Each difference is that of runs of the same seed, with the standard error of its mean.
     """
-    final = {name: np.array(lanes)[:, -1] for name, lanes in runs.items()}
+    final = {name: np.array(runs[name])[:, -1] for name in variants() if name in runs}
     lines = [
         "| optimizer and parameters | final held-out loss | spread | difference to the first |",
         "|---|---|---|---|",
@@ -238,20 +239,22 @@ def draw(path: Path, results: dict[str, Any]) -> None:
     panels = figure.subplots(2, 2)
     names = [name for name in TASKS if name in results]
     for name, (left, right) in zip(names, panels, strict=False):
-        runs = {key: np.array(lanes) for key, lanes in results[name]["held_out"].items()}
+        found = results[name]["held_out"]
+        runs = {key: np.array(found[key]) for key in variants() if key in found}
         progress = np.linspace(0, 100, EVALUATIONS + 1)
         reference = runs[REFERENCE].mean(axis=0)
         spread = runs[REFERENCE].std(axis=0, ddof=1)
+        colors = iter(matplotlib.colormaps["tab20"](range(20)))
         for key, lanes in runs.items():
             lost = "nearest" in key or key == "optax.adamaxw, bfloat16"
-            style = {"lw": 2.5, "color": "black"} if key == REFERENCE else {"lw": 1.2}
+            style = {"lw": 2.5, "color": "black"} if key == REFERENCE else {"color": next(colors)}
             style |= {"linestyle": ":" if lost else "-"}
             left.semilogy(progress[1:], lanes.mean(axis=0)[1:], **style)
             right.plot(progress[1:], (lanes.mean(axis=0) - reference)[1:], label=key, **style)
         right.fill_between(
             progress[1:], -spread[1:], spread[1:], color="black", alpha=0.12, lw=0, label="spread"
         )
-        limit = 4 * spread[5:].max()
+        limit = 4 * spread[EVALUATIONS // 4 :].max()
         right.set(ylim=(-limit, limit), title=f"{name}: difference to {REFERENCE}")
         left.set(title=f"{name}: held-out loss ({results[name]['unit']})")
         for axes in (left, right):

@@ -44,7 +44,7 @@ class Power(_formats.Logarithmic):
         return jnp.minimum(below + (chance * (high - low) < ratio - low), 127.0)
 
     def _expand(self, q: jax.Array) -> jax.Array:
-        return jnp.sign(q) * jnp.abs(q / 127) ** self.power
+        return self.peak * jnp.sign(q) * jnp.abs(q / 127) ** self.power
 
 
 @dataclass(frozen=True)

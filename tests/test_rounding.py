@@ -627,3 +627,26 @@ def test_a_bad_gradient_is_seen_and_harms_no_other(param_rounding, moment_dtype,
     assert np.isnan(_wide(got[3]))
     assert np.all(np.isfinite(_wide(expected)))
     np.testing.assert_array_equal(_bits(np.delete(got, 3)), _bits(np.delete(expected, 3)))
+
+
+def test_exact_where_the_update_has_no_float32():
+    """A parameter that nearly vanishes lands where the sum takes it, and its master with it.
+
+    Then p' - p has more than 24 bits. What is lost is a rounding of the old value, 2^-24 of it.
+    """
+    rng = np.random.default_rng(0)
+    old = rng.uniform(1, 2, 2**20) * 2.0 ** rng.integers(-3, 3, 2**20)
+    new = rng.normal(size=2**20) * 2.0 ** rng.uniform(-30, -8, 2**20)
+    p, residual = _rounding.split(jnp.asarray(old, jnp.float32))
+    how = _rounding.Exact()
+    value = how.read(p, residual, jnp.float32)
+    step = jnp.asarray(new - _wide(value), jnp.float32)
+    target = np.asarray(value + step)
+    update, residual = how.write(step, value, p, residual, None, jnp.float32)
+    landed = _apply(p, update)
+    master = np.asarray(_rounding.join(landed, residual))
+    missed = np.asarray(landed != _rounding.split(jnp.asarray(target))[0])
+    np.testing.assert_array_equal(master[~missed], target[~missed])
+    assert np.sum(missed) > 100
+    assert np.all(np.abs(target[missed]) < 2.0**-16 * np.abs(_wide(p)[missed]))
+    assert np.all(np.abs(master - target)[missed] <= 2.0**-24 * np.abs(_wide(p)[missed]))
