@@ -2,7 +2,7 @@
 
 One vector is trained for 10,000 steps on gradients of several kinds, with a drift that training
 should follow, and never synchronised with the float32 run on the same gradients. Each row changes
-one thing in the format that ships. Run it with
+one thing in the format that ships; a second table changes b1. Run it with
 
     python benchmarks/grid.py
 """
@@ -30,6 +30,7 @@ STEPS = 10_000
 SIZE = 4096
 EPS = 1e-8
 KINDS = ("normal", "heavy-tailed", "sparse", "rare", "spikes")
+PACKED = ("uint8", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,10 @@ def noisy_drift(kind: str) -> np.ndarray:
     return np.clip(g + drift * (g != 0), -1e4, 1e4)
 
 
-def train(fmt: _formats.Format, grads: Any) -> np.ndarray:
+def train(fmt: _formats.Format, grads: Any, b1: float = 0.9) -> np.ndarray:
     """The parameters at the end, from zeros."""
     with mock.patch.object(_formats, "FORMATS", (fmt,)):
-        opt = adamaxw.adamax(1e-3, eps=EPS, moment_dtype=fmt.name)
+        opt = adamaxw.adamax(1e-3, b1, eps=EPS, moment_dtype=fmt.name)
 
     def step(carry: Any, g: jax.Array) -> tuple[Any, None]:
         params, state = carry
@@ -112,7 +113,7 @@ def error(got: np.ndarray, exact: np.ndarray) -> float:
 def main() -> None:
     """Prints the table, in Markdown."""
     grads = {kind: jnp.asarray(noisy_drift(kind)) for kind in KINDS}
-    exact = {kind: train(_formats.Wide(), grads[kind]) for kind in KINDS}
+    exact = {kind: train(_formats.WIDE, grads[kind]) for kind in KINDS}
     print(f"Error of the params after {STEPS:,} steps, relative to their way; eps {EPS:g}.")
     print(f"{SIZE} parameters; {versions()}\n")
     print("| format | norm within | largest norm |", " | ".join(KINDS), "|")
@@ -124,6 +125,18 @@ def main() -> None:
             top = f"{EPS * 2 ** (255 / fmt.levels):.2g}"
         errors = (error(train(fmt, grads[kind]), exact[kind]) for kind in KINDS)
         cells = (name, within, top, *(f"{100 * x:.2f}%" for x in errors))
+        print("|", " | ".join(cells), "|", flush=True)
+
+    print("\n| b1 |", " | ".join(f"{kind}, {name}" for kind in KINDS[:3] for name in PACKED), "|")
+    print("|---" * (1 + 3 * len(PACKED)) + "|")
+    for b1 in (0.0, 0.9, 0.95, 0.99, 0.999):
+        cells = [f"{b1:g}"]
+        for kind in KINDS[:3]:
+            wide = train(_formats.WIDE, grads[kind], b1)
+            cells += [
+                f"{100 * error(train(_formats.named(name), grads[kind], b1), wide):.2f}%"
+                for name in PACKED
+            ]
         print("|", " | ".join(cells), "|", flush=True)
 
 

@@ -481,6 +481,60 @@ def test_the_largest_finite_gradients_are_finite(name, magnitude, eps):
     assert np.all(np.isfinite(moments.unpack(state).nu))
 
 
+def test_the_largest_finite_norm_wherever_the_scale_stands():
+    """bfloat16 has room for it also where the scale is near 1/2, and rounding goes up."""
+    fmt = BFloat16()
+    largest = jnp.float32(np.finfo(np.float32).max)
+    for scale in np.linspace(0.5 + 2**-20, 1.0, 200, dtype=np.float32):
+        stored = fmt.encode(largest, largest, scale, jnp.uint32(2**16 - 1))
+        assert np.all(np.isfinite(fmt.decode(*stored, scale, jnp.float32)))
+
+
+@pytest.mark.parametrize("name", _NAMES)
+def test_float64_gradients_beyond_float32(name):
+    """A finite gradient is no NaN, in the formats that compute codes in float32 either."""
+    with _x64():
+        params = jnp.zeros(2, jnp.float64)
+        opt = adamaxw.adamax(1e-3, moment_dtype=name)
+        state = opt.init(params)
+        for g in (1e39, 1.0, 1.0):
+            updates, state = opt.update(jnp.array([g, 1.0]), state, params)
+            assert np.all(np.isfinite(updates))
+        assert np.all(np.isfinite(moments.unpack(state).mu))
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_compiled_or_not_codes_are_the_same(wrap):
+    """XLA simplifies sums of constants when it compiles: nothing may rest on their rounding."""
+    codes = jnp.arange(256).astype(jnp.uint8)
+    mu = jnp.full(256, 100, jnp.int8)
+    scale = np.float32(1e-8)
+    m, u = wrap(lambda mu, nu: _LOG.decode(mu, nu, scale, jnp.float32))(mu, codes)
+    np.testing.assert_allclose(u, 1e-8 * 2.0 ** (np.arange(256) / 6), rtol=1e-5)
+    got_mu, got = wrap(lambda m, u: _LOG.encode(m, u, scale, TO_NEAREST))(m, u)
+    np.testing.assert_array_equal(got, codes)
+    np.testing.assert_array_equal(got_mu, mu)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-8, 1e30, 3e38, np.inf, np.nan])
+@pytest.mark.parametrize("eps", [1e-10, 1e-8, 1.0])
+def test_a_scale_is_always_within_half_a_level_of_eps(scale, eps):
+    """Wherever it was, and also where the quotient of both under- or overflows."""
+    got = _LOG.rescale(jnp.float32(scale), jnp.float32(eps))
+    assert abs(np.log2(float(got) / eps)) < _HALF_STEP
+
+
+@pytest.mark.parametrize(("b1", "b2"), [(0.99, 0.9), (0.995, 0.97), (0.9, 0.5)])
+def test_rests_without_gradients_where_the_norm_forgets_first(b1, b2):
+    """With b2 below b1 too, the first moment ends at zero once gradients have ended."""
+    g = np.zeros((3000, 64), np.float32)
+    g[:100] = np.random.default_rng(0).normal(size=(100, 64)) * 1e-8
+    opt = adamaxw.adamax(1e-3, b1, b2, moment_dtype="uint8")
+    (_, state), updates = _train(opt, jnp.zeros(64), g, lambda u, p, s: u)
+    assert not np.any(updates[-100:])
+    assert not np.any(state.mu)
+
+
 @pytest.mark.parametrize("name", ["uint8", "bfloat16"])
 def test_a_hundred_thousand_steps_without_gradient(name):
     """The norm comes to rest at eps, the params decay as they do in float32."""

@@ -435,3 +435,59 @@ def test_shardings_are_kept(axis_type, jitted):
         # Values as on one device.
         alone = _pack(jax.device_get(unpacked), to, 1e-8)
         jax.tree.map(np.testing.assert_array_equal, packed, alone)
+
+
+def test_a_state_is_not_taken_for_its_moments():
+    """The two have the same fields, but codes are no moments."""
+    state = adamaxw.adamax(1e-3, moment_dtype="uint8").init(jnp.zeros(2))
+    with pytest.raises(TypeError, match="moments must be Moments"):
+        moments.pack(state, "uint8")
+
+
+@pytest.mark.parametrize(
+    ("mu", "nu"),
+    [
+        (jnp.zeros(2, jnp.int32), jnp.ones(2)),
+        (jnp.zeros(2), jnp.ones(2, jnp.complex64)),
+        (jnp.zeros(2), jnp.ones(2, jnp.int32)),
+    ],
+)
+def test_moments_of_mixed_kinds_are_refused(mu, nu):
+    """With their path."""
+    with pytest.raises(TypeError, match=r"mu\['w'\]"):
+        moments.pack(Moments(0, {"w": mu}, {"w": nu}), "uint8")
+
+
+@pytest.mark.parametrize("count", [3.7, jnp.zeros(()), None])
+def test_a_count_that_is_no_integer_is_refused(count):
+    """Rather than cut off."""
+    with pytest.raises(TypeError, match="count must be an integer"):
+        moments.pack(Moments(count, jnp.zeros(2), jnp.ones(2)))
+
+
+def test_norms_far_apart():
+    """The largest norm of the tree sets the grid for all, however large it is; -1 is none."""
+    mine = Moments(
+        5,
+        {"a": jnp.array([0.1, 0.2, 0.3]), "b": jnp.ones(1)},
+        {"a": jnp.array([1.0, 2.0, -1.0]), "b": jnp.full(1, 1e30)},
+    )
+    back = moments.unpack(moments.pack(mine, "uint8"))
+    np.testing.assert_allclose(back.nu["a"][:2], [1.0, 2.0], rtol=0.06)
+    np.testing.assert_allclose(back.mu["a"][:2], [0.1, 0.2], rtol=0.06)
+    assert np.isnan(back.mu["a"][2])
+
+
+def test_the_smallest_eps_in_float64():
+    """It is allowed in whatever dtype it comes."""
+    with _x64():
+        adamaxw.adamax(1e-3, eps=jnp.asarray(1e-10), moment_dtype="uint8")
+
+
+def test_master_params_of_what_is_no_array_is_refused():
+    """With the path, and both trees by name where they differ."""
+    state = adamaxw.adamax(1e-3, param_rounding="exact").init({"a": jnp.ones(2, jnp.bfloat16)})
+    with pytest.raises(ValueError, match=r"params\['a'\] must be bfloat16"):
+        moments.master_params({"a": 1.0}, state)
+    with pytest.raises(ValueError, match=r"params and state\.residual differ in structure"):
+        moments.master_params({"b": jnp.ones(2, jnp.bfloat16)}, state)

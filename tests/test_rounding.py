@@ -427,7 +427,11 @@ def test_no_step_changes_no_bit(param_rounding, param_dtype):
 @pytest.mark.parametrize("grad_dtype", ["float32", *_NARROW])
 @pytest.mark.parametrize("param_dtype", _NARROW)
 def test_stochastic_lands_on_a_neighbour(param_dtype, grad_dtype):
-    """The update has the gradient's dtype, and p + u is next to the step that float32 takes."""
+    """The update has the gradient's dtype, and p + u is next to the step that float32 takes.
+
+    From the other dtype of 16 bits, which has not all differences, the update is float32.
+    """
+    both_narrow = grad_dtype != "float32" and grad_dtype != param_dtype
     rng = np.random.default_rng(2)
     size = 2**14
     magnitude = rng.uniform(0.25, 4, size=size) * rng.choice([-1, 1], size=size)
@@ -441,7 +445,7 @@ def test_stochastic_lands_on_a_neighbour(param_dtype, grad_dtype):
         step, wide_state = opt.update(g.astype(jnp.float32), wide_state, wide)
         # Both are computed operation by operation, so that the targets are the same to the bit.
         updates, state = opt.update(g, state, p)
-        assert updates.dtype == g.dtype
+        assert updates.dtype == ("float32" if both_narrow else grad_dtype)
         p = _apply(p, updates)
         assert p.dtype == param_dtype
         low = _wide(_ROUND[param_dtype](wide + step, jnp.zeros(size, jnp.uint32)))
@@ -543,7 +547,7 @@ def test_rounding_needs_params(make, param_rounding):
     with pytest.raises(ValueError, match=r"update\(gradients, state, params\)") as error:
         opt.update(gradients, state)
     if make is adamaxw.adamax:
-        assert f"param_rounding={param_rounding!r}" in str(error.value)
+        assert f'param_rounding="{param_rounding}"' in str(error.value)
 
 
 def test_params_that_became_wider_are_refused():
@@ -650,3 +654,23 @@ def test_exact_where_the_update_has_no_float32():
     assert np.sum(missed) > 100
     assert np.all(np.abs(target[missed]) < 2.0**-16 * np.abs(_wide(p)[missed]))
     assert np.all(np.abs(master - target)[missed] <= 2.0**-24 * np.abs(_wide(p)[missed]))
+
+
+@pytest.mark.parametrize("dtype", _NARROW)
+def test_random_rounding_overflows_no_sooner_than_the_nearest(dtype):
+    """The largest numbers of a dtype are not taken to inf by chance."""
+    largest = float(jnp.finfo(dtype).max)
+    above = np.float32(largest * (1 + float(jnp.finfo(dtype).eps) / 8))
+    assert np.isfinite(_wide(jnp.asarray(above, dtype)))
+    got = _ROUND[dtype](jnp.full(2**16, above), _NOISES)
+    np.testing.assert_array_equal(_wide(got), largest)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e7])
+def test_stochastic_with_gradients_of_the_other_narrow_dtype(size):
+    """bfloat16 parameters that float16 cannot hold decay under float16 gradients all the same."""
+    opt = adamaxw.adamaxw(1e-2, weight_decay=1e-2, param_rounding="stochastic")
+    start = jnp.full(_SIZE, size, jnp.bfloat16)
+    _, last, _ = _train(opt, start, jnp.zeros((1000, _SIZE), jnp.float16))
+    ratio = _wide(last) / _wide(start)
+    assert abs(np.mean(ratio) - 0.9999**1000) < 5 * np.std(ratio) / np.sqrt(_SIZE)

@@ -80,7 +80,7 @@ class Wide:
     has_scale: ClassVar[bool] = False
     is_noisy: ClassVar[bool] = False
 
-    def dtypes(self, dtype: Any) -> tuple[Any, Any] | None:
+    def dtypes(self, dtype: Any) -> tuple[Any, Any]:
         """See `Format`."""
         wide = jnp.finfo(dtype).bits == 64
         norm = jnp.float64 if wide else jnp.float32
@@ -136,8 +136,8 @@ class BFloat16:
         self, m: jax.Array, u: jax.Array, scale: Any, noise: Any
     ) -> tuple[jax.Array, jax.Array]:
         """See `Format`."""
-        # Half of the largest number: 1 / scale may double it.
-        m, u = (_clip_finite(x.astype(jnp.float32), 2.0**127) for x in (m, u))
+        # A quarter of the largest number: 1 / scale may double it, and rounding adds to that.
+        m, u = (_clip_finite(x, 2.0**126).astype(jnp.float32) for x in (m, u))
         return round_to_bfloat16(m, noise), (u * (1 / scale)).astype(jnp.bfloat16)
 
     def decode(
@@ -176,12 +176,14 @@ class Logarithmic:
         """See `Format`."""
         steps = jnp.round(self.levels * jnp.log2(eps / scale))
         moved = scale * jnp.exp2(steps / self.levels)
-        return jnp.where((scale > 0) & (moved < jnp.inf), moved, eps)
+        return jnp.where((scale > 0) & (moved > 0) & (moved < jnp.inf), moved, eps)
 
     def encode(
         self, m: jax.Array, u: jax.Array, scale: Any, noise: Any
     ) -> tuple[jax.Array, jax.Array]:
         """See `Format`."""
+        if m.dtype == jnp.float64:
+            m, u = (_clip_finite(x, 2.0**126) for x in (m, u))
         m, u = m.astype(jnp.float32), u.astype(jnp.float32)
         # A product with the reciprocal: XLA on the CPU computes mu and nu in loops of their own,
         # and stores what is dear and both need, such as a quotient, as a temporary of 4 bytes.
@@ -219,7 +221,8 @@ class Logarithmic:
         return _exp2(code.astype(jnp.float32) * np.float32(1 / self.levels))
 
 
-FORMATS: tuple[Format, ...] = (Wide(), BFloat16(), Logarithmic())
+WIDE = Wide()
+FORMATS: tuple[Format, ...] = (WIDE, BFloat16(), Logarithmic())
 
 
 def named(moment_dtype: Any) -> Format:
@@ -255,7 +258,7 @@ def check_eps(fmt: Format, eps: Any) -> None:
     Raises:
         ValueError: naming the bound.
     """
-    if not isinstance(eps, Tracer) and eps < np.float32(fmt.smallest_eps):
+    if not isinstance(eps, Tracer) and np.float32(eps) < np.float32(fmt.smallest_eps):
         raise ValueError(
             f"eps must be at least {fmt.smallest_eps} with moment_dtype={fmt.name}, or the norms "
             f"of ordinary gradients are out of its range, got {eps}"
@@ -275,8 +278,8 @@ def round_to_bfloat16(x: jax.Array, noise: Any) -> jax.Array:
     bits = lax.bitcast_convert_type(x, jnp.uint32) + jnp.asarray(noise, jnp.uint32)
     high = (bits >> 16).astype(jnp.uint16)
     rounded = lax.bitcast_convert_type(high, jnp.bfloat16)
-    # The noise would carry some NaN over to zero.
-    return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
+    # The noise would carry some NaN over to zero, and the largest numbers to inf.
+    return jnp.where(jnp.isfinite(x) & jnp.isfinite(rounded), rounded, x.astype(jnp.bfloat16))
 
 
 def _clip_finite(x: jax.Array, limit: float) -> jax.Array:

@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from adamaxw._formats import FORMATS, Format
-from adamaxw._rounding import Rounding, rounding
+from adamaxw._rounding import ParamRounding, Rounding
 
 
 class Leaf(NamedTuple):
@@ -36,7 +36,7 @@ class Leaf(NamedTuple):
     rounding: Rounding | None
 
 
-def zeros(params: Any, fmt: Format, param_rounding: str) -> tuple[Any, Any, Any]:
+def zeros(params: Any, fmt: Format, param_rounding: ParamRounding) -> tuple[Any, Any, Any]:
     """Moments and residuals before the first step, with the shapes and shardings of `params`.
 
     Args:
@@ -77,7 +77,7 @@ def zeros(params: Any, fmt: Format, param_rounding: str) -> tuple[Any, Any, Any]
 
     slots = jax.tree_util.tree_map_with_path(place, params)
 
-    residual = _column(slots, 2) if param_rounding == "exact" else None
+    residual = _column(slots, 2) if param_rounding.has_residual else None
     return _column(slots, 0), _column(slots, 1), residual
 
 
@@ -91,13 +91,13 @@ def _column(slots: Any, i: int) -> Any:
     return jax.tree.map(lambda slot: slot[i], slots, is_leaf=lambda x: isinstance(x, _Slots))
 
 
-def _rounding_of(name: str, param_rounding: str, dtype: Any) -> Rounding:
-    chosen = rounding(param_rounding, dtype)
+def _rounding_of(name: str, param_rounding: ParamRounding, dtype: Any) -> Rounding:
+    chosen = param_rounding.of(dtype)
     if chosen is None:
-        others = '"nearest" or "stochastic"' if dtype == jnp.float16 else '"nearest"'
         raise TypeError(
-            f'{name} is {dtype}, for which param_rounding="{param_rounding}" is not defined: pass '
-            f"{others}, with optax.partition for this parameter alone"
+            f'{name} is {dtype}, for which param_rounding="{param_rounding.name}" is not defined, '
+            f"but for {', '.join(param_rounding.narrow)}: use optax.partition to give this "
+            "parameter another one"
         )
     return chosen
 
@@ -132,7 +132,7 @@ def side_by_side(
     params: Any,
     decays: Any,
     fmt: Format,
-    param_rounding: str,
+    param_rounding: ParamRounding,
 ) -> tuple[Any, list[Leaf]]:
     """Aligns the gradients with the moments and params, leaf by leaf.
 
@@ -237,6 +237,11 @@ def stored_format(mu: Any, nu: Any) -> Format | None:
     return next(kinds, None)
 
 
+def is_float32_scalar(x: Any) -> bool:
+    """Whether `x` is an array of dtype float32 and shape ()."""
+    return getattr(x, "dtype", None) == jnp.float32 and x.shape == ()
+
+
 def inexact(tree: Any) -> list[Any]:
     """The floating and complex leaves of a tree."""
     return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
@@ -298,6 +303,11 @@ def _spoiled(updates: Any, index: int, g: Any, m: Any, u: Any, fmt: Format) -> E
 
 def _misfit_residual(updates: Any, index: int, p: Any, residual: Any, how: Rounding) -> Exception:
     path = _path(updates, index)
+    if how.residual_dtype is None and p is None:
+        return TypeError(
+            f'state.residual{path} belongs to another param_rounding, such as "exact": use that, '
+            "or state._replace(residual=None)"
+        )
     if how.residual_dtype is None:
         return TypeError(
             f"params{path} came as {describe(p)}, but its state has a residual, as "

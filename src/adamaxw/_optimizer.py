@@ -74,10 +74,13 @@ def adamaxw(
         moment_dtype: how the moments are stored between steps. None: in the dtype of the
             arithmetic, 8 bytes a float32 parameter. "bfloat16" or the dtype: 4 bytes. "uint8" or
             the dtype: 2 bytes, the norm within 5.9% (1/12 of an octave) of the exact one for ever,
-            up to `eps * 2**42.5`; eps must be at least 1e-10. Real parameters only.
+            up to `eps * 2**42.5`; for b1 up to about 0.95 and eps from 1e-10 on. Real parameters
+            only, with the last two.
         param_rounding: how the new value of a bfloat16 or float16 parameter is rounded, which
             `optax.apply_updates` does. "nearest": steps below 1/512 of a bfloat16 parameter are
-            lost. "stochastic": to one of the two neighbours at random, so that the mean is right.
+            lost. "stochastic": to one of the two neighbours at random, so that the mean is right;
+            where gradient and parameter are the two different dtypes of 16 bits, the update is
+            float32.
             "exact": bfloat16 parameters get 16 bits more in the state, and train as float32 ones
             that are rounded when they are used; their updates are float32. Float32 parameters are
             not touched. With the last two, no transformation after this one may change updates.
@@ -195,10 +198,10 @@ def _transformation(
     fmt = _formats.named(moment_dtype)
     eps = _hyperparameters.checked("eps", eps)
     _formats.check_eps(fmt, eps)
-    param_rounding = _rounding.checked(param_rounding)
+    rounding = _rounding.named(param_rounding)
 
     def init(params: optax.Params) -> Any:
-        mu, nu, residual = _leaves.zeros(params, fmt, param_rounding)
+        mu, nu, residual = _leaves.zeros(params, fmt, rounding)
         # A tree without leaves is also what optax.tree.map_params puts here: no mask fits that.
         if decay is not None and jax.tree.leaves(params):
             _masking.resolve_mask(mask, params)
@@ -218,17 +221,15 @@ def _transformation(
     ) -> tuple[Any, Any]:
         del extra_args
         _check(state, fmt)
-        if decay is None and param_rounding == "nearest":
+        if decay is None and not rounding.needs_params:
             params = decays = None
         elif params is None:
-            why = "adamaxw decays the params" if decay else f"param_rounding={param_rounding!r}"
-            raise ValueError(f"{why}: call update(gradients, state, params)")
+            why = "adamaxw decays" if decay else f'param_rounding="{rounding.name}" rounds'
+            raise ValueError(f"{why} the params: call update(gradients, state, params)")
         else:
             decays = None if decay is None else _masking.resolve_mask(mask, params)
         moments = state.mu, state.nu, state.residual
-        treedef, leaves = _leaves.side_by_side(
-            updates, moments, params, decays, fmt, param_rounding
-        )
+        treedef, leaves = _leaves.side_by_side(updates, moments, params, decays, fmt, rounding)
 
         count = jnp.minimum(state.count, 2**31 - 2) + 1  # saturates, does not wrap
         lr = _hyperparameters.at("learning_rate", learning_rate, state.count)
@@ -257,12 +258,10 @@ def _check(state: Any, fmt: _formats.Format) -> None:
         raise TypeError(
             f"state must be the AdamaxState that init returned, got a {type(state).__name__}"
         )
-    if not jnp.issubdtype(jnp.result_type(state.count), jnp.integer):
-        raise TypeError(f"state.count must be an integer, got {_leaves.describe(state.count)}")
+    if getattr(state.count, "dtype", None) not in (jnp.int32, jnp.int64):
+        raise TypeError(f"state.count must be int32, got {_leaves.describe(state.count)}")
     scale = state.nu_scale
-    fits = scale is None
-    if fmt.has_scale:
-        fits = getattr(scale, "dtype", None) == jnp.float32 and scale.shape == ()
+    fits = _leaves.is_float32_scalar(scale) if fmt.has_scale else scale is None
     if not fits:
         expected = "a float32 scalar" if fmt.has_scale else "None"
         raise TypeError(

@@ -5,6 +5,7 @@ first, and the update is `p' - p`: then p + u is p'.
 """
 
 import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -14,8 +15,6 @@ import numpy as np
 from jax import lax
 
 from adamaxw._formats import round_to_bfloat16
-
-_NAMES = ("nearest", "stochastic", "exact")
 
 
 class Rounding(Protocol):
@@ -79,7 +78,8 @@ class Nearest:
 class Stochastic:
     """One of the two neighbours at random, without bias. The update has the gradient's dtype.
 
-    In a bfloat16 gradient's dtype, p' - p is exact unless the step is larger than p.
+    In the dtype of the parameter, p' - p is exact unless the step is larger than half of p. In the
+    other dtype of 16 bits it is not, and may over- or underflow: then the update is float32.
     """
 
     is_noisy: ClassVar[bool] = True
@@ -97,6 +97,8 @@ class Stochastic:
         target = (value + step).astype(jnp.float32)
         round_ = round_to_bfloat16 if p.dtype == jnp.bfloat16 else round_to_float16
         new = round_(target, noise).astype(value.dtype)
+        if jnp.finfo(dtype).bits < 32 and dtype != p.dtype:
+            dtype = jnp.float32
         return (new - value).astype(dtype), residual
 
 
@@ -134,33 +136,62 @@ class Exact:
         return upper.astype(jnp.float32) - p, residual
 
 
-def rounding(param_rounding: str, dtype: Any) -> Rounding | None:
-    """The rounding for parameters of an inexact dtype; None where it is not defined for them.
+@dataclass(frozen=True)
+class ParamRounding:
+    """What a user's `param_rounding` stands for.
 
-    Args:
-        param_rounding: "nearest", "stochastic" or "exact".
-        dtype: of the parameter. Nothing is rounded from float32 on, so that "nearest" applies.
+    Attributes:
+        name: the argument.
+        narrow: the rounding of each dtype narrower than float32, by its name.
+        others: that of the other narrow dtypes; None refuses them.
     """
-    narrow = jnp.finfo(dtype).bits < 32
-    if param_rounding == "nearest" or not narrow:
-        return Nearest()
-    if dtype == jnp.bfloat16:
-        return Stochastic() if param_rounding == "stochastic" else Exact()
-    return Stochastic() if dtype == jnp.float16 and param_rounding == "stochastic" else None
+
+    name: str
+    narrow: Mapping[str, Rounding]
+    others: Rounding | None = None
+
+    @property
+    def needs_params(self) -> bool:
+        """Whether an update depends on the parameter."""
+        return any(rounding != Nearest() for rounding in self.narrow.values())
+
+    @property
+    def has_residual(self) -> bool:
+        """Whether some parameters have a residual."""
+        return any(rounding.residual_dtype is not None for rounding in self.narrow.values())
+
+    def of(self, dtype: Any) -> Rounding | None:
+        """The rounding of parameters of an inexact dtype; None where it is not defined.
+
+        Nothing is rounded from float32 on.
+        """
+        if jnp.finfo(dtype).bits >= 32:
+            return Nearest()
+        return self.narrow.get(jnp.dtype(dtype).name, self.others)
 
 
-def checked(param_rounding: Any) -> str:
-    """Returns a user's `param_rounding`.
+_NAMED = {
+    rounding.name: rounding
+    for rounding in (
+        ParamRounding("nearest", {}, Nearest()),
+        ParamRounding("stochastic", {"bfloat16": Stochastic(), "float16": Stochastic()}),
+        ParamRounding("exact", {"bfloat16": Exact()}),
+    )
+}
+
+
+def named(param_rounding: Any) -> ParamRounding:
+    """The rounding that a user's `param_rounding` stands for.
 
     Raises:
         ValueError: it is none of the three.
     """
-    if not isinstance(param_rounding, str) or param_rounding not in _NAMES:
+    if not isinstance(param_rounding, str) or param_rounding not in _NAMED:
         raise ValueError(
             'param_rounding must be "nearest", "stochastic" or "exact", got '
             f"{reprlib.repr(param_rounding)}"
         )
-    return param_rounding
+    return _NAMED[param_rounding]
 
 
 def split(master: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -202,8 +233,8 @@ def round_to_float16(x: jax.Array, noise: jax.Array) -> jax.Array:
     below = jnp.floor(exact)
     multiple = (below + jnp.where(chance < exact - below, 1.0, 0.0)) * 2.0**-24
     subnormal = jnp.where(x < 0, -multiple, multiple)
-    rounded = jnp.where(jnp.abs(x) < 2.0**-14, subnormal, normal)
-    return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.float16)
+    rounded = jnp.where(jnp.abs(x) < 2.0**-14, subnormal, normal).astype(jnp.float16)
+    return jnp.where(jnp.isfinite(x) & jnp.isfinite(rounded), rounded, x.astype(jnp.float16))
 
 
 def noise(count: jax.Array, leaf: int, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:

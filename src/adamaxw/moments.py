@@ -54,7 +54,7 @@ def unpack(state: AdamaxState) -> Moments:
 
     def decode(path: Any, mu: Any, nu: Any) -> tuple[Any, Any]:
         fmt = _leaves.stored_format(mu, nu)
-        if fmt is None or (fmt.has_scale and state.nu_scale is None):
+        if fmt is None or fmt.has_scale != _leaves.is_float32_scalar(state.nu_scale):
             name = jax.tree_util.keystr(path)
             raise TypeError(
                 f"state.mu{name} and state.nu{name} are no moments of any format, with nu_scale "
@@ -81,10 +81,18 @@ def pack(
         eps: that of the optimizer which will go on; only uint8 asks for it, which holds no norm
             below it and none above `eps * 2**42.5`.
 
+    Returns:
+        The state, with float64 moments only where `moments` has them and `moment_dtype` is None.
+
     Raises:
-        TypeError: a leaf does not fit the format; names the path.
+        TypeError: `moments` is no Moments, or a leaf does not fit the format; names the path.
         ValueError: `moment_dtype` is none of the three, eps is out of bounds, or the trees differ.
     """
+    if not isinstance(moments, Moments):
+        raise TypeError(f"moments must be Moments, as unpack returns, got {type(moments).__name__}")
+    count = moments.count
+    if not (isinstance(count, int) or jnp.issubdtype(jnp.result_type(count), jnp.integer)):
+        raise TypeError(f"count must be an integer, got {_leaves.describe(count)}")
     fmt = _formats.named(moment_dtype)
     eps = _hyperparameters.checked("eps", eps)
     _formats.check_eps(fmt, eps)
@@ -92,11 +100,15 @@ def pack(
 
     def widen(path: Any, m: Any, u: Any) -> tuple[Any, Any]:
         name = jax.tree_util.keystr(path)
-        first, norm = _formats.FORMATS[0].dtypes(m.dtype) or (None, None)
-        if fmt.dtypes(m.dtype) is None:
-            raise TypeError(f"mu{name} is {m.dtype}, which moment_dtype={fmt.name} cannot hold")
-        # A norm that is not finite must show, though its code could not.
-        m = jnp.where(jnp.isfinite(u), m.astype(first), jnp.nan)
+        is_inexact = jnp.issubdtype(m.dtype, jnp.inexact) and jnp.issubdtype(u.dtype, jnp.floating)
+        if not is_inexact or fmt.dtypes(m.dtype) is None:
+            raise TypeError(
+                f"mu{name} is {m.dtype} and nu{name} {u.dtype}, which moment_dtype={fmt.name} "
+                "cannot hold"
+            )
+        first, norm = _formats.WIDE.dtypes(m.dtype)
+        # What is no norm must show, though its code could not.
+        m = jnp.where(jnp.isfinite(u) & (u >= 0), m.astype(first), jnp.nan)
         return m, u.astype(norm)
 
     mu, nu = _leaves.map_moments(widen, moments.mu, moments.nu)
@@ -113,7 +125,7 @@ def pack(
         return fmt.encode(m, u, scale, _formats.TO_NEAREST)
 
     mu, nu = _leaves.map_moments(encode, mu, nu)
-    count = jnp.asarray(moments.count, jnp.int32)
+    count = jnp.asarray(count, jnp.int32)
     return AdamaxState(count, mu, nu, scale, moments.residual)
 
 
@@ -139,13 +151,14 @@ def master_params(params: Any, state: AdamaxState) -> Any:
     def master(path: Any, p: Any, residual: Any) -> Any:
         if residual is None:
             return p
-        if p.dtype != jnp.bfloat16 or p.shape != residual.shape:
+        if getattr(p, "dtype", None) != jnp.bfloat16 or p.shape != residual.shape:
             raise ValueError(
                 f"params{jax.tree_util.keystr(path)} must be bfloat16 of shape {residual.shape}, "
                 f"like its residual, got {_leaves.describe(p)}"
             )
         return _rounding.join(p, residual)
 
+    _leaves.broadcast("params", params, "state.residual", state.residual, lambda x: x is None)
     return jax.tree_util.tree_map_with_path(master, params, state.residual)
 
 
