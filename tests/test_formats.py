@@ -785,6 +785,7 @@ class _Coarse(Logarithmic):
         """See `Format`."""
         return (jnp.int8, jnp.uint16) if jnp.issubdtype(dtype, jnp.floating) else None
 
+    @functools.partial(jax.jit, static_argnums=0)
     def encode(self, m, u, scale, noise):
         """See `Format`."""
         mu, nu = super().encode(m, u, scale, noise)

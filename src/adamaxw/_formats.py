@@ -10,6 +10,7 @@ Two facts make few bits enough for AdaMax; `docs/numerics.md` proves them.
 
 import reprlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import jax
@@ -24,6 +25,9 @@ TO_NEAREST = np.uint32(2**15)
 
 class Format(Protocol):
     """A way to store moments. All methods but `rescale` work on one leaf, element by element.
+
+    `encode` and `decode` are best compiled functions of their own: then they are traced once for
+    all leaves of a shape.
 
     Before the first step a state holds zeros of `dtypes` and the scale `rescale(eps, eps)`.
 
@@ -132,6 +136,7 @@ class BFloat16:
         fraction = jnp.where(fraction == 0.5, 1.0, fraction)
         return jnp.where((fraction > 0) & jnp.isfinite(scale), fraction, 1.0)
 
+    @partial(jax.jit, static_argnums=0)
     def encode(
         self, m: jax.Array, u: jax.Array, scale: Any, noise: Any
     ) -> tuple[jax.Array, jax.Array]:
@@ -140,6 +145,7 @@ class BFloat16:
         m, u = (_clip_finite(x, 2.0**126).astype(jnp.float32) for x in (m, u))
         return round_to_bfloat16(m, noise), (u * (1 / scale)).astype(jnp.bfloat16)
 
+    @partial(jax.jit, static_argnums=(0, 4))
     def decode(
         self, mu: jax.Array, nu: jax.Array, scale: Any, dtype: Any
     ) -> tuple[jax.Array, jax.Array]:
@@ -178,6 +184,7 @@ class Logarithmic:
         moved = scale * jnp.exp2(steps / self.levels)
         return jnp.where((scale > 0) & (moved > 0) & (moved < jnp.inf), moved, eps)
 
+    @partial(jax.jit, static_argnums=0)
     def encode(
         self, m: jax.Array, u: jax.Array, scale: Any, noise: Any
     ) -> tuple[jax.Array, jax.Array]:
@@ -195,6 +202,7 @@ class Logarithmic:
         q = _round_to_int(jnp.where(ratio < jnp.inf, signed, -128.0))
         return q.astype(jnp.int8), code.astype(jnp.uint8)
 
+    @partial(jax.jit, static_argnums=(0, 4))
     def decode(
         self, mu: jax.Array, nu: jax.Array, scale: Any, dtype: Any
     ) -> tuple[jax.Array, jax.Array]:

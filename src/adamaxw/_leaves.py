@@ -70,7 +70,10 @@ def zeros(params: Any, fmt: Format, param_rounding: ParamRounding) -> tuple[Any,
                 f"{name} is {dtype}, which moment_dtype={fmt.name} cannot hold: pass "
                 "moment_dtype=None, with optax.partition for this parameter alone"
             )
-        kept = _rounding_of(name, param_rounding, dtype).residual_dtype
+        rounding = param_rounding.of(dtype)
+        if rounding is None:
+            raise _not_rounded(name, param_rounding, dtype)
+        kept = rounding.residual_dtype
         residual = None if kept is None else jnp.zeros_like(p, dtype=kept)
         mu, nu = (jnp.zeros_like(p, dtype=d) for d in dtypes)
         return _Slots(mu, nu, residual)
@@ -89,17 +92,6 @@ class _Slots(NamedTuple):
 
 def _column(slots: Any, i: int) -> Any:
     return jax.tree.map(lambda slot: slot[i], slots, is_leaf=lambda x: isinstance(x, _Slots))
-
-
-def _rounding_of(name: str, param_rounding: ParamRounding, dtype: Any) -> Rounding:
-    chosen = param_rounding.of(dtype)
-    if chosen is None:
-        raise TypeError(
-            f'{name} is {dtype}, for which param_rounding="{param_rounding.name}" is not defined, '
-            f"but for {', '.join(param_rounding.narrow)}: use optax.partition to give this "
-            "parameter another one"
-        )
-    return chosen
 
 
 def scalar_sharding(params: Any) -> Sharding | None:
@@ -188,8 +180,9 @@ def side_by_side(
         if kind != "integer":
             # Without params nothing is rounded.
             dtype = g.dtype if params is None else p.dtype
-            path = f"params{_path(updates, index)}"
-            how = _rounding_of(path, param_rounding, dtype)
+            how = param_rounding.of(dtype)
+            if how is None:
+                raise _not_rounded(f"params{_path(updates, index)}", param_rounding, dtype)
             if how.residual_dtype is None:
                 fits = r is None
             else:
@@ -298,6 +291,13 @@ def _spoiled(updates: Any, index: int, g: Any, m: Any, u: Any, fmt: Format) -> E
         f"state.mu{path} and state.nu{path} must be as init makes them, {expected} of shape "
         f"{g.shape}, got {describe(m)} and {describe(u)}. A state made with another moment_dtype "
         "is converted by adamaxw.moments.pack(adamaxw.moments.unpack(state), moment_dtype)"
+    )
+
+
+def _not_rounded(name: str, param_rounding: ParamRounding, dtype: Any) -> Exception:
+    return TypeError(
+        f'{name} is {dtype}, for which param_rounding="{param_rounding.name}" is not defined, but '
+        f"for {', '.join(param_rounding.narrow)}: use optax.partition to give it another one"
     )
 
 

@@ -7,6 +7,7 @@ first, and the update is `p' - p`: then p + u is p'.
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import jax
@@ -237,20 +238,25 @@ def round_to_float16(x: jax.Array, noise: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x) & jnp.isfinite(rounded), rounded, x.astype(jnp.float16))
 
 
-def noise(count: jax.Array, leaf: int, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+@partial(jax.jit, static_argnames="shape")
+def noise(
+    count: jax.Array, leaf: jax.typing.ArrayLike, shape: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
     """Noise for one leaf at one step: a hash of count, leaf and the element's index in the leaf.
 
     It depends on nothing else: not on the mesh, and there is no key to keep.
 
     Args:
         count: int32 scalar, the number of updates done.
-        leaf: index of the leaf in the tree.
+        leaf: index of the leaf in the tree; it may be traced.
         shape: of the whole leaf.
 
     Returns:
         Two uint32 arrays of that shape, independent and uniform in [0, 2^16).
     """
-    key = _mix(count.astype(jnp.uint32) + _mix(jnp.uint32(leaf) + np.uint32(0x9E3779B9)))
+    key = _mix(
+        count.astype(jnp.uint32) + _mix(jnp.asarray(leaf, jnp.uint32) + np.uint32(0x9E3779B9))
+    )
     other_key = _mix(key ^ np.uint32(0x85EBCA6B))
     index = jnp.zeros(shape, jnp.uint32)
     stride = 1
