@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from equality import assert_equal, assert_equal_across_meshes, assert_equal_but_for_last_bits
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -66,16 +67,6 @@ def _dtypes(tree):
     return jax.tree.map(lambda x: str(x.dtype), tree)
 
 
-def _assert_equal(a, b):
-    """Bit for bit, with dtypes: NaN equals itself, and 0 does not equal -0."""
-
-    def compare(x, y):
-        assert x.dtype == y.dtype
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), (x, y)
-
-    jax.tree.map(compare, a, b)
-
-
 def _apply(params, updates):
     """optax.apply_updates, which adds the float32 updates of "exact" by promotion."""
     with jax.numpy_dtype_promotion("standard"):
@@ -102,26 +93,6 @@ def _run(step, params, state, gradients):
         params, state = step(params, state, grads)
         assert _types((params, state)) == types
     return params, state
-
-
-def _assert_equal_but_for_last_bits(a, b):
-    """Codes and bfloat16 are equal; float32 and the low bits of a master weight up to rounding.
-
-    In two programs XLA contracts products and sums differently. The chance that a code or a
-    bfloat16 tips over with that is below 1e-5 for each.
-    """
-
-    def compare(x, y):
-        assert x.dtype == y.dtype
-        x, y = np.asarray(x), np.asarray(y)
-        if x.dtype == np.float32:
-            np.testing.assert_allclose(x, y, rtol=3e-6, atol=1e-8)
-        elif x.dtype == np.int16:
-            assert np.max(np.abs(x.astype(int) - y.astype(int))) <= 16
-        else:
-            np.testing.assert_array_equal(x, y)
-
-    jax.tree.map(compare, a, b)
 
 
 @functools.cache
@@ -184,9 +155,9 @@ def test_wrappers_that_branch(wrapper, moment_dtype, param_rounding, grad_dtype)
         bad = jax.tree.map(lambda g: g.at[0, :1].set(jnp.nan), gradients[0])
         skipping = [*gradients[:3], bad, gradients[3]]
         params, state = _run(step, _LEAF, state, skipping)
-        _assert_equal(params, clean[0])
+        assert_equal(params, clean[0])
         inner = "inner_state" if wrapper == "apply_if_finite" else "inner_opt_state"
-        _assert_equal(getattr(state, inner), getattr(clean[1], inner))
+        assert_equal(getattr(state, inner), getattr(clean[1], inner))
     assert step._cache_size() == 1
 
 
@@ -205,7 +176,7 @@ def test_wrappers_that_refuse_float32_updates(wrapper, moment_dtype):
     # What the optimizer alone makes of them as they are.
     alone = _make(moment_dtype, "exact")
     expected, inner = jax.jit(alone.update)(grads, alone.init(_LEAF), _LEAF)
-    _assert_equal((updates, new.inner_state), (expected, inner))
+    assert_equal((updates, new.inner_state), (expected, inner))
     assert _dtypes(optax.apply_updates(_LEAF, updates)) == _dtypes(_LEAF)
 
 
@@ -228,7 +199,7 @@ def test_multi_steps_is_one_step_on_the_mean(moment_dtype, param_rounding):
     ]
     params, state = _run(_stepper(opt), _LEAF, opt.init(_LEAF), halves)
     expected = _run(_stepper(inner), _LEAF, inner.init(_LEAF), means)
-    _assert_equal_but_for_last_bits((params, state.inner_opt_state), expected)
+    assert_equal_but_for_last_bits((params, state.inner_opt_state), expected)
 
 
 def _ours(state):
@@ -253,7 +224,7 @@ def test_chain_after_clipping(moment_dtype, param_rounding):
     assert all(optax.tree.norm(g) < 0.501 for g in clipped)
     params, state = _run(_stepper(opt), _PARAMS, opt.init(_PARAMS), gradients)
     expected, inner = _run(_stepper(alone), _PARAMS, alone.init(_PARAMS), clipped)
-    _assert_equal_but_for_last_bits((params, state[1]), (expected, inner))
+    assert_equal_but_for_last_bits((params, state[1]), (expected, inner))
 
     scale = optax.tree.get(state, "nu_scale")
     if moment_dtype is None:
@@ -281,10 +252,10 @@ def test_masked_is_the_run_of_the_rest(moment_dtype, param_rounding):
     params, state = _run(_stepper(opt), _PARAMS, opt.init(_PARAMS), gradients)
     only = {"w": _PARAMS["w"]}
     alone = _run(_stepper(inner), only, inner.init(only), [{"w": g["w"]} for g in gradients])
-    _assert_equal(params["s"], _PARAMS["s"])
-    _assert_equal(params["w"], alone[0]["w"])
+    assert_equal(params["s"], _PARAMS["s"])
+    assert_equal(params["w"], alone[0]["w"])
     (found,) = _ours(state)
-    _assert_equal(jax.tree.leaves(found), jax.tree.leaves(alone[1]))
+    assert_equal(jax.tree.leaves(found), jax.tree.leaves(alone[1]))
 
 
 @in_wrappers
@@ -298,9 +269,9 @@ def test_partition_into_formats(param_rounding):
     for name, inner in groups.items():
         only = {name: _PARAMS[name]}
         alone = _run(_stepper(inner), only, inner.init(only), [{name: g[name]} for g in gradients])
-        _assert_equal(params[name], alone[0][name])
+        assert_equal(params[name], alone[0][name])
         (found,) = _ours(state.inner_states[name])
-        _assert_equal(jax.tree.leaves(found), jax.tree.leaves(alone[1]))
+        assert_equal(jax.tree.leaves(found), jax.tree.leaves(alone[1]))
 
 
 @in_wrappers
@@ -317,7 +288,7 @@ def test_inject_hyperparams(moment_dtype, param_rounding):
     params, state = _run(_stepper(opt), _PARAMS, state, gradients)
     expected = _alone(moment_dtype, param_rounding)
     assert _types((params, state.inner_state)) == _types(expected)
-    _assert_equal_but_for_last_bits((params, state.inner_state), expected)
+    assert_equal_but_for_last_bits((params, state.inner_state), expected)
 
 
 @in_wrappers
@@ -334,7 +305,7 @@ def test_flatten(param_rounding):
     ]
     alone = _make("uint8", param_rounding)
     expected, _ = _run(_stepper(alone), vector, alone.init(vector), vectors)
-    _assert_equal(jnp.concatenate([params["s"].reshape(-1), params["w"].reshape(-1)]), expected)
+    assert_equal(jnp.concatenate([params["s"].reshape(-1), params["w"].reshape(-1)]), expected)
 
 
 @in_wrappers
@@ -458,7 +429,9 @@ def test_eight_devices_are_one(moment_dtype, param_rounding, dtype, axis_type):
             assert scalar is None or scalar.sharding.is_equivalent_to(everywhere, 0)
     for name, sharding in shardings.items():
         assert trained[name].sharding.is_equivalent_to(sharding, trained[name].ndim), name
-    _assert_equal((trained, new), _single_device_run(moment_dtype, param_rounding, dtype))
+    assert_equal_across_meshes(
+        (trained, new), _single_device_run(moment_dtype, param_rounding, dtype)
+    )
 
 
 @pytest.mark.parametrize("param_rounding", ["stochastic", "exact"])
@@ -471,7 +444,7 @@ def test_eager_and_compiled(moment_dtype, param_rounding):
     compiled = _run(_stepper(opt), params, opt.init(params), gradients)
     eager = _run(_eager_stepper(opt), params, opt.init(params), gradients)
     assert _types(eager) == _types(compiled)
-    _assert_equal_but_for_last_bits(eager, compiled)
+    assert_equal_but_for_last_bits(eager, compiled)
 
 
 @each_rounding
@@ -487,7 +460,7 @@ def test_saved_and_resumed(moment_dtype, param_rounding):
     through = _run(step, *halfway, gradients[30:])
     params, state = jax.tree.map(jnp.asarray, saved)
     assert isinstance(state, adamaxw.AdamaxState)
-    _assert_equal(_run(step, params, state, gradients[30:]), through)
+    assert_equal(_run(step, params, state, gradients[30:]), through)
 
 
 # Memory -----------------------------------------------------------------------------------------
@@ -615,7 +588,7 @@ def test_equinox_keeps_bfloat16_with_stochastic(moment_dtype):
         updates, state = update(grads, state, params)
         params = eqx.apply_updates(params, updates)
         assert _types(params) == _types(_PARAMS)
-    _assert_equal((params, state), _alone(moment_dtype, "stochastic"))
+    assert_equal((params, state), _alone(moment_dtype, "stochastic"))
 
 
 @in_wrappers
@@ -650,4 +623,4 @@ def test_vmap_over_learning_rates(param_rounding):
     many = jax.jit(jax.vmap(train))(rates)
     alone = jax.jit(train)
     for lane, rate in enumerate(rates):
-        _assert_equal_but_for_last_bits(jax.tree.map(lambda x, i=lane: x[i], many), alone(rate))
+        assert_equal_but_for_last_bits(jax.tree.map(lambda x, i=lane: x[i], many), alone(rate))

@@ -321,7 +321,7 @@ _ONES = jnp.ones(2)
     ("mu", "nu", "error", "message"),
     [
         ({"w": _ONES}, {"v": _ONES}, ValueError, "(?s)mu and nu differ.*w"),
-        ({"w": _ONES}, {"w": _ONES, "v": _ONES}, ValueError, "(?s)mu and nu differ.*v$"),
+        ({"w": _ONES}, {"w": _ONES, "v": _ONES}, ValueError, r"(?s)mu and nu differ.*\bv\b"),
         ({"w": _ONES}, {"w": [_ONES]}, ValueError, r"(?s)\['w'\]"),
         ([_ONES], (_ONES,), ValueError, "(?s)mu and nu differ"),
         ({"w": _ONES}, {"w": jnp.ones(3)}, ValueError, r"mu\['w'\] has shape \(2,\).*\(3,\)"),

@@ -1,12 +1,18 @@
 """On meshes of eight devices, with automatic and with explicit axes."""
 
 import functools
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from equality import WITHOUT_FUSED_MULTIPLY_ADD, assert_equal_across_meshes
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -35,9 +41,28 @@ def _assert_sharded_like(state, shardings):
     assert state.count.sharding.is_equivalent_to(everywhere, 0)
 
 
+@pytest.mark.skipif(
+    platform.machine().lower() not in ("x86_64", "amd64"),
+    reason="XLA can be told to leave out fused multiply-add on x86 alone",
+)
+def test_one_device_and_a_mesh_are_the_same_bit_for_bit():
+    """In every format and rounding, where the compiler computes the formula as written."""
+    names = (
+        "test_sharding.py::test_training_on_a_mesh",
+        "test_low_precision.py::test_eight_devices_are_one",
+    )
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {WITHOUT_FUSED_MULTIPLY_ADD}"
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *names],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"XLA_FLAGS": flags},
+        check=True,
+    )
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_training_on_a_mesh(axis_type):
-    """The state follows the params, keeps its types, and is that of one device, bit for bit."""
+    """The state follows the params, keeps its types, and is that of one device."""
     params, shardings = _placed(axis_type)
     state = _OPT.init(params)
     _assert_sharded_like(state, shardings)
@@ -55,7 +80,7 @@ def test_training_on_a_mesh(axis_type):
         alone, state_alone = step(alone, state_alone)
         assert jax.tree.map(jax.typeof, (params, state)) == types
     _assert_sharded_like(state, shardings)
-    jax.tree.map(np.testing.assert_array_equal, (params, state), (alone, state_alone))
+    assert_equal_across_meshes((params, state), (alone, state_alone))
 
 
 def test_compiled_init_under_a_mesh():

@@ -1,0 +1,46 @@
+"""Whether two trees of arrays are the same."""
+
+import os
+
+import jax
+import numpy as np
+
+# XLA contracts a product and a sum to one fused multiply-add, which rounds once, as suits the loop
+# that it makes for a shape. With this in XLA_FLAGS it has none: formulas are computed as written.
+WITHOUT_FUSED_MULTIPLY_ADD = "--xla_cpu_max_isa=AVX"
+_FORMULA_AS_WRITTEN = WITHOUT_FUSED_MULTIPLY_ADD in os.environ.get("XLA_FLAGS", "").split()
+
+
+def assert_equal(a, b):
+    """Bit for bit, with dtypes: NaN equals itself, and 0 does not equal -0."""
+
+    def compare(x, y):
+        assert x.dtype == y.dtype
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), (x, y)
+
+    jax.tree.map(compare, a, b)
+
+
+def assert_equal_but_for_last_bits(a, b):
+    """Codes and bfloat16 are equal; float32 and the low bits of a master weight up to rounding.
+
+    In two programs XLA contracts products and sums differently. The chance that a code or a
+    bfloat16 tips over with that is below 1e-5 for each.
+    """
+
+    def compare(x, y):
+        assert x.dtype == y.dtype
+        x, y = np.asarray(x), np.asarray(y)
+        if x.dtype == np.float32:
+            np.testing.assert_allclose(x, y, rtol=3e-6, atol=1e-8)
+        elif x.dtype == np.int16:
+            assert np.max(np.abs(x.astype(int) - y.astype(int))) <= 16
+        else:
+            np.testing.assert_array_equal(x, y)
+
+    jax.tree.map(compare, a, b)
+
+
+def assert_equal_across_meshes(a, b):
+    """Bit for bit where XLA computes the formula as written, else but for last bits."""
+    (assert_equal if _FORMULA_AS_WRITTEN else assert_equal_but_for_last_bits)(a, b)
