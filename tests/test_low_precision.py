@@ -494,7 +494,7 @@ _TEMPORARY_EXACT = {None: 4.2, "uint8": 6.2, "bfloat16": 8.2}
 @each_rounding
 @each_format
 def test_memory_of_a_step(moment_dtype, param_rounding, grad_dtype):
-    """Donated params and state are updated in place, beside less than a float32 state."""
+    """Donated params and state are updated in place, beside copies of codes and master weights."""
     opt = _make(moment_dtype, param_rounding)
     params = jax.ShapeDtypeStruct((1000, 1000), jnp.bfloat16)
     grads = jax.ShapeDtypeStruct((1000, 1000), grad_dtype)
