@@ -2,6 +2,7 @@
 
 import hypothesis
 import jax
+import pytest
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
@@ -11,6 +12,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture
+def standard_promotion():
+    """Lifts strict dtype promotion, as Optax needs it in places."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 def _set_promotion(mode):

@@ -22,7 +22,7 @@ import adamaxw
 # The oracle and the gradients are those of the tests.
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from gradients import gradients
-from oracle import Oracle
+from oracle import Oracle, octaves
 
 STEPS = 20_000
 SIZE = 256
@@ -44,7 +44,7 @@ def norms(opt: Any, grads: Any, dtype: Any) -> np.ndarray:
     return np.asarray(history, np.float64)
 
 
-def octaves(kind: str) -> dict[str, np.ndarray]:
+def largest_errors(kind: str) -> dict[str, np.ndarray]:
     """|log2(stored / exact)| after each step, the largest over elements, by format."""
     grads = np.clip(gradients(kind, STEPS, (SIZE,)), -6e4, 6e4)
     _, _, _, exact = Oracle(np.ones(SIZE), 0.0).run(grads)
@@ -56,8 +56,8 @@ def octaves(kind: str) -> dict[str, np.ndarray]:
     coarse = grads.astype(jnp.bfloat16).astype(np.float64)
     _, _, _, exact_of_coarse = Oracle(np.ones(SIZE), 0.0).run(coarse)
     theirs = norms(optax.adamaxw(0.0), jnp.asarray(grads), jnp.bfloat16)
-    errors = {name: np.abs(np.log2(got / exact)).max(axis=1) for name, got in stored.items()}
-    theirs = np.abs(np.log2(theirs / np.maximum(exact_of_coarse, 1e-30))).max(axis=1)
+    errors = {name: octaves(got, exact).max(axis=1) for name, got in stored.items()}
+    theirs = octaves(theirs, np.maximum(exact_of_coarse, 1e-30)).max(axis=1)
     return errors | {"optax.adamaxw, bfloat16": theirs}
 
 
@@ -69,7 +69,7 @@ def main() -> None:
     print("| gradients |", " | ".join(names), "|")
     print("|---" * (1 + len(names)) + "|")
     for kind, axes in zip(KINDS, figure.subplots(2, 3, sharex=True, sharey=True).flat, strict=True):
-        errors = octaves(kind)
+        errors = largest_errors(kind)
         print("|", " | ".join([kind, *(f"{errors[name].max():.2g}" for name in names)]), "|")
         for name in names:
             axes.loglog(np.arange(1, STEPS + 1), errors[name], lw=1, label=name)

@@ -1,4 +1,4 @@
-"""Whether two trees of arrays are the same."""
+"""Whether two trees of arrays are the same, in type or in value."""
 
 import os
 
@@ -9,6 +9,11 @@ import numpy as np
 # that it makes for a shape. With this in XLA_FLAGS it has none: formulas are computed as written.
 WITHOUT_FUSED_MULTIPLY_ADD = "--xla_cpu_max_isa=AVX"
 _FORMULA_AS_WRITTEN = WITHOUT_FUSED_MULTIPLY_ADD in os.environ.get("XLA_FLAGS", "").split()
+
+
+def types_of(tree):
+    """Structure, shape, dtype, weak type and sharding type of every leaf."""
+    return jax.tree.map(jax.typeof, tree)
 
 
 def assert_equal(a, b):

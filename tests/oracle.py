@@ -9,6 +9,11 @@ def rms_error(got, exact):
     return np.sqrt(np.mean(((np.asarray(got, np.float64) - exact) / scale) ** 2))
 
 
+def octaves(got, exact):
+    """How far two infinity norms are apart, element by element."""
+    return np.abs(np.log2(np.asarray(got, np.float64) / exact))
+
+
 class Oracle:
     """AdamaxW on one array, with the symbols of the papers.
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from equality import types_of
 
 import adamaxw
 
@@ -15,10 +16,8 @@ _HYPER = {"learning_rate": 1e-2, "weight_decay": 0.3}
 _MATRICES = {"w": True, "b": False, "s": False}
 
 
-@pytest.fixture(autouse=True)
-def _wrappers_of_optax_promote():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+# The wrappers of Optax promote.
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def _labels(params):
@@ -79,7 +78,7 @@ def _types_of_ours(state):
         return isinstance(node, adamaxw.AdamaxState)
 
     nodes = jax.tree.leaves(state, is_leaf=is_ours)
-    return [jax.tree.map(jax.typeof, node) for node in nodes if is_ours(node)]
+    return [types_of(node) for node in nodes if is_ours(node)]
 
 
 def _train(opt, params, steps=10):
@@ -160,7 +159,7 @@ def test_mixed_precision_in_wrappers_that_branch(wrap, param_dtype, grad_dtype):
     step = jax.jit(opt.update)
     for g in (grads, grads, bad, grads, grads):
         updates, new = step(g, state, params)
-        assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
+        assert types_of(new) == types_of(state)
         state = new
     applied = optax.apply_updates(params, updates)
     assert jax.tree.map(lambda p: p.dtype, applied) == jax.tree.map(lambda p: p.dtype, params)

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from equality import types_of
 from gradients import KINDS, gradients
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import Oracle
+from modes import apply_updates, x64
+from oracle import Oracle, octaves
 
 import adamaxw
 from adamaxw import _formats, _leaves, moments
@@ -25,26 +27,13 @@ _HALF_STEP = 1 / 12 + 1e-4
 _NU, _MU = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(-127, 128, dtype=np.int8))
 
 
-def _x64():
-    """A context with float64; its name moved between versions of JAX."""
-    from jax import experimental
-
-    return jax.enable_x64(True) if hasattr(jax, "enable_x64") else experimental.enable_x64()
-
-
-def _types(tree):
-    """Structure, shape, dtype, weak type and sharding type of every leaf."""
-    return jax.tree.map(jax.typeof, tree)
-
-
 def _train(opt, params, grads, read=lambda updates, params, state: None, state=None):
     """Trains on given gradients; returns (params, state) and the history of what `read` returns."""
 
     def step(carry, g):
         params, state = carry
         updates, state = opt.update(g, state, params)
-        with jax.numpy_dtype_promotion("standard"):
-            params = optax.apply_updates(params, updates)
+        params = apply_updates(params, updates)
         return (params, state), read(updates, params, state)
 
     state = opt.init(params) if state is None else state
@@ -53,11 +42,6 @@ def _train(opt, params, grads, read=lambda updates, params, state: None, state=N
 
 def _norm(updates, params, state):
     return moments.unpack(state).nu
-
-
-def _octaves(got, exact):
-    """How far two norms are apart."""
-    return np.abs(np.log2(np.asarray(got, np.float64) / exact))
 
 
 # The two functions and the rounding that are written out by hand.
@@ -151,7 +135,7 @@ def test_decay_takes_whole_steps_out_of_every_code(b2, eps):
     np.testing.assert_allclose(steps, whole, atol=1e-5)
     expected = np.maximum(np.arange(256) - whole[:, None], 0)
     np.testing.assert_array_equal(nu, expected)
-    assert np.max(_octaves(new, eps)) <= 1 / 12 + 1e-5
+    assert np.max(octaves(new, eps)) <= 1 / 12 + 1e-5
 
 
 @pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
@@ -168,7 +152,7 @@ def test_a_scale_that_is_lost_starts_anew(fmt, anew, bad):
 def test_a_new_scale_is_within_half_a_step_of_eps(old, eps):
     """From wherever it comes, by whole steps."""
     new = float(_LOG.rescale(jnp.float32(old), jnp.float32(eps)))
-    assert _octaves(new, eps) <= 1 / 12 + 1e-5
+    assert octaves(new, eps) <= 1 / 12 + 1e-5
     steps = 6 * np.log2(new / float(np.float32(old)))
     assert np.abs(steps - np.rint(steps)) < 1e-4
     fraction = float(BFloat16().rescale(jnp.float32(old), jnp.float32(eps)))
@@ -193,7 +177,7 @@ def test_one_encoding_is_off_by_one_rounding(ratio, octave, fraction, noise):
     m = np.float32(ratio * float(u) * 0.94)  # within the peak, whichever way u is rounded
     stored = _LOG.encode(jnp.asarray(m), jnp.asarray(u), scale, jnp.uint32(noise))
     got_m, got_u = (float(x) for x in _LOG.decode(*stored, scale, jnp.float32))
-    assert _octaves(got_u, float(u)) <= _HALF_STEP
+    assert octaves(got_u, float(u)) <= _HALF_STEP
     q = np.sqrt(np.abs(float(m)) / (got_u * 1.25)) * 127
     step = got_u * 1.25 * (2 * np.floor(q) + 1) / 127**2
     assert np.abs(got_m - float(m)) <= step * (1 + 1e-3) + 4 * _ULP * got_u
@@ -226,7 +210,7 @@ def test_norm_is_the_exact_one_rounded_once(name, b2):
     worst = np.zeros(g.shape[1])
     for g_t, got in zip(g, norms, strict=True):
         oracle.step(g_t)
-        error = _octaves(got, oracle.u) if name == "uint8" else np.abs(got / oracle.u - 1)
+        error = octaves(got, oracle.u) if name == "uint8" else np.abs(got / oracle.u - 1)
         worst = np.maximum(worst, error)
     by_kind = dict(zip(KINDS, worst.reshape(len(KINDS), 128).max(axis=1), strict=True))
     bound = _HALF_STEP if name == "uint8" else 2.0**-8
@@ -245,7 +229,7 @@ def test_the_guarantee_holds_up_to_the_documented_end():
 
     for u in (0.99999 * top, 1e-8):
         got = store(jnp.full(200, u, jnp.float32), scale)
-        assert np.max(_octaves(got, u)) <= _HALF_STEP
+        assert np.max(octaves(got, u)) <= _HALF_STEP
 
 
 # The first moment: rounded at random, right in the mean.
@@ -408,7 +392,7 @@ def test_schedules_of_b2_and_eps(b2, eps):
     for t in range(steps):
         oracle.b2, oracle.eps = b2s[t], epss[t]
         oracle.step(g[t])
-        worst = max(worst, np.max(_octaves(norms[t], oracle.u)))
+        worst = max(worst, np.max(octaves(norms[t], oracle.u)))
     assert worst <= _HALF_STEP
 
 
@@ -436,7 +420,7 @@ def test_steps_go_on_at_the_ceiling_of_the_count(name):
     state = state._replace(count=jnp.asarray(2**31 - 1, jnp.int32))
     grads = jnp.full((500, 64), 1e-3)
     (params, new), norms = _train(opt, params, grads, _norm, state)
-    assert _types(new) == _types(state)
+    assert types_of(new) == types_of(state)
     assert new.count == 2**31 - 1
     assert np.all(np.isfinite(params))
     np.testing.assert_allclose(norms[-1], max(0.99**500, 1e-3), rtol=0.06)
@@ -462,7 +446,7 @@ def test_gradients_above_the_range():
     top = 1e-8 * 2**42.5
     assert np.max(norms) <= top * 2 ** (1 / 12) * (1 + 1e-5)
     assert np.min(norms[100]) > top / 2
-    assert np.max(_octaves(norms[-1], 1 + 1e-8)) <= _HALF_STEP
+    assert np.max(octaves(norms[-1], 1 + 1e-8)) <= _HALF_STEP
     np.testing.assert_allclose(np.mean(updates[-100:]), -lr, rtol=0.07)
 
 
@@ -493,7 +477,7 @@ def test_the_largest_finite_norm_wherever_the_scale_stands():
 @pytest.mark.parametrize("name", _NAMES)
 def test_float64_gradients_beyond_float32(name):
     """A finite gradient is no NaN, in the formats that compute codes in float32 either."""
-    with _x64():
+    with x64():
         params = jnp.zeros(2, jnp.float64)
         opt = adamaxw.adamax(1e-3, moment_dtype=name)
         state = opt.init(params)
@@ -559,7 +543,7 @@ def test_a_hundred_thousand_steps_without_gradient(name):
     nu = np.asarray(moments.unpack(state).nu)
     np.testing.assert_array_equal(moments.unpack(state).mu, np.zeros(64))
     if name == "uint8":
-        assert np.max(_octaves(nu, 1e-8)) <= _HALF_STEP
+        assert np.max(octaves(nu, 1e-8)) <= _HALF_STEP
     else:
         np.testing.assert_allclose(nu, 1e-8, rtol=2.0**-8)
     np.testing.assert_allclose(params, wide, rtol=1e-6)
@@ -638,7 +622,7 @@ def test_complex_parameters_are_refused(name, dtype):
     """With their path, their dtype and the way round, which works."""
     params = {"w": jnp.ones(2), "z": [jnp.ones(2, jnp.complex64)]}
     if dtype == "complex128":
-        with _x64(), pytest.raises(TypeError, match=r"params\['z'\]\[0\] is complex128"):
+        with x64(), pytest.raises(TypeError, match=r"params\['z'\]\[0\] is complex128"):
             adamaxw.adamaxw(1e-3, moment_dtype=name).init({"z": [jnp.ones(2, jnp.complex128)]})
         return
     opt = adamaxw.adamaxw(1e-3, moment_dtype=name)
@@ -711,7 +695,7 @@ def test_every_spelling_of_a_dtype_is_the_same(spellings):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_state_types_are_fixed_at_init(dtype, name):
     """Structure, shapes, dtypes and weak types, for every leaf and under every transformation."""
-    with _x64() if dtype == "float64" else jax.numpy_dtype_promotion("strict"):
+    with x64() if dtype == "float64" else jax.numpy_dtype_promotion("strict"):
         params = {
             "matrix": jnp.ones((2, 3), dtype),
             "scalar": jnp.ones((), dtype),
@@ -725,7 +709,7 @@ def test_state_types_are_fixed_at_init(dtype, name):
         grads = {**params, "frozen": None}
         opt = adamaxw.adamaxw(1e-2, moment_dtype=name)
         state = opt.init(params)
-        expected = _types(state)
+        expected = types_of(state)
         stored = ("int8", "uint8") if name == "uint8" else ("bfloat16", "bfloat16")
         for leaf in ("matrix", "scalar", "empty", "frozen"):
             assert (state.mu[leaf].dtype, state.nu[leaf].dtype) == stored
@@ -735,15 +719,15 @@ def test_state_types_are_fixed_at_init(dtype, name):
         def step(state):
             return opt.update(grads, state, params)[1]
 
-        assert _types(jax.lax.scan(lambda s, _: (step(s), None), state, length=2)[0]) == expected
-        assert _types(jax.eval_shape(step, state)) == expected
-        assert _types(jax.jit(opt.init)(params)) == expected
-        assert _types(jax.eval_shape(opt.init, params)) == expected
+        assert types_of(jax.lax.scan(lambda s, _: (step(s), None), state, length=2)[0]) == expected
+        assert types_of(jax.eval_shape(step, state)) == expected
+        assert types_of(jax.jit(opt.init)(params)) == expected
+        assert types_of(jax.eval_shape(opt.init, params)) == expected
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-        assert _types(opt.init(abstract)) == expected
+        assert types_of(opt.init(abstract)) == expected
 
         updates, new = jax.jit(lambda state: opt.update(grads, state, params))(state)
-        assert _types(new) == expected
+        assert types_of(new) == expected
         assert updates["frozen"] is None
         for leaf in ("int8", "uint8", "bool"):
             np.testing.assert_array_equal(updates[leaf], np.zeros_like(params[leaf]))
@@ -803,7 +787,7 @@ def test_a_fourth_format_is_a_matter_of_one_file(monkeypatch):
     (_, state), norms = _train(opt, jnp.zeros(g.shape[1]), g, _norm)
     assert state.nu.dtype == jnp.uint16
     _, _, _, u = Oracle(np.zeros(g.shape[1]), lr=1e-3, wd=0.0).run(g)
-    error = _octaves(norms, u)
+    error = octaves(norms, u)
     assert 1 / 12 < np.max(error) <= 1 / 8 + 1e-4
 
     @functools.partial(jax.jit, static_argnums=1)
@@ -814,4 +798,4 @@ def test_a_fourth_format_is_a_matter_of_one_file(monkeypatch):
         # Three roundings, each on a grid of its own.
         back = convert(convert(state, name), "int8")
         nu = jax.jit(moments.unpack)(back).nu
-        assert np.max(_octaves(nu, u[-1])) <= 1 / 8 + 1 / 12 + 1 / 8 + 1e-3
+        assert np.max(octaves(nu, u[-1])) <= 1 / 8 + 1 / 12 + 1 / 8 + 1e-3

@@ -9,9 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from equality import assert_equal, assert_equal_across_meshes, assert_equal_but_for_last_bits
+from equality import (
+    assert_equal,
+    assert_equal_across_meshes,
+    assert_equal_but_for_last_bits,
+    types_of,
+)
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from modes import apply_updates
 
 import adamaxw
 
@@ -23,13 +29,7 @@ each_format = pytest.mark.parametrize("moment_dtype", _MOMENTS)
 each_rounding = pytest.mark.parametrize("param_rounding", _ROUNDINGS)
 
 
-@pytest.fixture
-def _wrappers_of_optax_promote():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-in_wrappers = pytest.mark.usefixtures("_wrappers_of_optax_promote")
+in_wrappers = pytest.mark.usefixtures("standard_promotion")
 
 
 def _make(moment_dtype, param_rounding, **hyperparameters):
@@ -59,24 +59,14 @@ def _gradients(n, dtype, shapes=_SHAPES):
     return [_random(100 + i, dtype, shapes) for i in range(n)]
 
 
-def _types(tree):
-    return jax.tree.map(jax.typeof, tree)
-
-
 def _dtypes(tree):
     return jax.tree.map(lambda x: str(x.dtype), tree)
-
-
-def _apply(params, updates):
-    """optax.apply_updates, which adds the float32 updates of "exact" by promotion."""
-    with jax.numpy_dtype_promotion("standard"):
-        return optax.apply_updates(params, updates)
 
 
 def _eager_stepper(opt):
     def step(params, state, grads):
         updates, state = opt.update(grads, state, params)
-        return _apply(params, updates), state
+        return apply_updates(params, updates), state
 
     return step
 
@@ -88,10 +78,10 @@ def _stepper(opt):
 
 def _run(step, params, state, gradients):
     """The params and state after a step on each of the gradients; types stay."""
-    types = _types((params, state))
+    types = types_of((params, state))
     for grads in gradients:
         params, state = step(params, state, grads)
-        assert _types((params, state)) == types
+        assert types_of((params, state)) == types
     return params, state
 
 
@@ -172,7 +162,7 @@ def test_wrappers_that_refuse_float32_updates(wrapper, moment_dtype):
     with pytest.raises(TypeError, match=r"(?s)bfloat16.*float32|float32.*bfloat16"):
         jax.eval_shape(opt.update, grads, state, _LEAF)
     updates, new = jax.jit(opt.update)(_cast(grads, jnp.float32), state, _LEAF)
-    assert _types(new) == _types(state)
+    assert types_of(new) == types_of(state)
     # What the optimizer alone makes of them as they are.
     alone = _make(moment_dtype, "exact")
     expected, inner = jax.jit(alone.update)(grads, alone.init(_LEAF), _LEAF)
@@ -287,7 +277,7 @@ def test_inject_hyperparams(moment_dtype, param_rounding):
     gradients = _gradients(4, "bfloat16")
     params, state = _run(_stepper(opt), _PARAMS, state, gradients)
     expected = _alone(moment_dtype, param_rounding)
-    assert _types((params, state.inner_state)) == _types(expected)
+    assert types_of((params, state.inner_state)) == types_of(expected)
     assert_equal_but_for_last_bits((params, state.inner_state), expected)
 
 
@@ -314,9 +304,9 @@ def test_lookahead(param_rounding):
     """Slow and fast parameters keep their dtype, though synchronising rewrites the fast ones."""
     opt = optax.lookahead(_make("uint8", param_rounding), 3, 0.5)
     params = optax.LookaheadParams.init_synced(_PARAMS)
-    types = _types(params)
+    types = types_of(params)
     state = opt.init(params)
-    state_types = _types(state)
+    state_types = types_of(state)
 
     @jax.jit
     def step(params, state):
@@ -325,8 +315,8 @@ def test_lookahead(param_rounding):
 
     for _ in range(7):
         params, state = step(params, state)
-        assert _types(params) == types
-        assert _types(state) == state_types
+        assert types_of(params) == types
+        assert types_of(state) == state_types
     for name in _PARAMS:
         start, end = (np.abs(p[name].astype(jnp.float32)) for p in (_PARAMS, params.slow))
         assert np.all(end < start)
@@ -443,7 +433,7 @@ def test_eager_and_compiled(moment_dtype, param_rounding):
     gradients = _gradients(2, "bfloat16", {"k": (3, 5, 7)})
     compiled = _run(_stepper(opt), params, opt.init(params), gradients)
     eager = _run(_eager_stepper(opt), params, opt.init(params), gradients)
-    assert _types(eager) == _types(compiled)
+    assert types_of(eager) == types_of(compiled)
     assert_equal_but_for_last_bits(eager, compiled)
 
 
@@ -587,7 +577,7 @@ def test_equinox_keeps_bfloat16_with_stochastic(moment_dtype):
     for grads in _gradients(4, "bfloat16"):
         updates, state = update(grads, state, params)
         params = eqx.apply_updates(params, updates)
-        assert _types(params) == _types(_PARAMS)
+        assert types_of(params) == types_of(_PARAMS)
     assert_equal((params, state), _alone(moment_dtype, "stochastic"))
 
 

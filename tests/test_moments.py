@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from equality import types_of
 from gradients import gradients
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from modes import apply_updates, x64
+from oracle import octaves
 
 import adamaxw
 from adamaxw import moments
@@ -22,13 +25,6 @@ _PARAMS = {"w": np.linspace(-1, 1, 512, dtype=np.float32).reshape(16, 32), "b": 
 _STEPS = 250
 
 
-def _x64():
-    """A context with float64; its name moved between versions of JAX."""
-    from jax import experimental
-
-    return jax.enable_x64(True) if hasattr(jax, "enable_x64") else experimental.enable_x64()
-
-
 @functools.cache
 def _training(name, param_rounding="nearest"):
     """An optimizer, and a compiled loop from (params, state) over gradients."""
@@ -37,8 +33,7 @@ def _training(name, param_rounding="nearest"):
     def step(carry, g):
         params, state = carry
         updates, state = opt.update(g, state, params)
-        with jax.numpy_dtype_promotion("standard"):
-            params = optax.apply_updates(params, updates)
+        params = apply_updates(params, updates)
         return (params, state), None
 
     return opt, jax.jit(lambda carry, g: jax.lax.scan(step, carry, g)[0])
@@ -79,7 +74,7 @@ def _flat(tree):
 
 
 def _octaves(got, exact):
-    return np.abs(np.log2(_flat(got) / _flat(exact)))
+    return octaves(_flat(got), _flat(exact))
 
 
 def _distance(params, others, start):
@@ -125,7 +120,7 @@ def test_pack_is_the_inverse_of_unpack(name, jitted):
     _, state = _trained(name, 50)
     unpack, pack = (_unpack, _pack) if jitted else (moments.unpack, moments.pack)
     back = pack(unpack(state), name, 1e-8)
-    assert jax.tree.map(jax.typeof, back) == jax.tree.map(jax.typeof, state)
+    assert types_of(back) == types_of(state)
     jax.tree.map(np.testing.assert_array_equal, back.mu, state.mu)
     assert back.count == state.count
     if name == "bfloat16":
@@ -177,7 +172,7 @@ def test_training_goes_on_in_another_format(of, to):
     # Leaves where they were, so that the compiled loop serves every pair.
     changed = _pack(_unpack(state), to, 1e-8)
     opt, _ = _training(to)
-    assert jax.tree.map(jax.typeof, changed) == jax.tree.map(jax.typeof, opt.init(_params()))
+    assert types_of(changed) == types_of(opt.init(_params()))
     params, state = _run((params, changed), to, 50, _STEPS)
     assert state.count == _STEPS
     exact, _ = _trained(None, _STEPS)
@@ -217,7 +212,7 @@ def test_moments_of_your_own(dtype, name):
     state = moments.pack(Moments(7, {"w": mu}, {"w": nu}), name)
     params = {"w": jnp.ones((4, 8))}
     opt = adamaxw.adamaxw(1e-3, moment_dtype=name)
-    assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, opt.init(params))
+    assert types_of(state) == types_of(opt.init(params))
     got = moments.unpack(state)
     assert got.count == 7
     bound = {None: 1e-7, "bfloat16": np.log2(1 + 2.0**-8), "uint8": 1 / 12 + 1e-4}[name]
@@ -229,14 +224,14 @@ def test_moments_of_your_own(dtype, name):
 
 def test_float64_moments_stay_float64_under_x64():
     """Without a narrower format; beside a float32 leaf, which stays float32."""
-    with _x64():
+    with x64():
         params = {"double": jnp.ones(2), "single": jnp.ones(2, jnp.float32)}
         opt = adamaxw.adamaxw(1e-3)
         state = jax.jit(opt.update)(params, opt.init(params), params)[1]
         got = moments.unpack(state)
         assert got.mu["double"].dtype == got.nu["double"].dtype == jnp.float64
         back = moments.pack(got)
-        assert jax.tree.map(jax.typeof, back) == jax.tree.map(jax.typeof, state)
+        assert types_of(back) == types_of(state)
         jax.tree.map(np.testing.assert_array_equal, back, state)
         small = moments.pack(got, "uint8")
         assert small.nu["double"].dtype == small.nu["single"].dtype == jnp.uint8
@@ -298,7 +293,7 @@ def test_leaves_that_do_not_train_pass(of, to):
     assert [unpacked.mu[x].dtype for x in ("w", "int8", "uint8")] == ["float32", "int8", "uint8"]
     packed = jax.eval_shape(functools.partial(moments.pack, moment_dtype=to), unpacked)
     expected = adamaxw.adamaxw(1e-3, moment_dtype=to).init(params)
-    assert jax.tree.map(jax.typeof, packed) == jax.tree.map(jax.typeof, expected)
+    assert types_of(packed) == types_of(expected)
 
 
 def test_complex_moments():
@@ -428,7 +423,7 @@ def test_shardings_are_kept(axis_type, jitted):
         assert_sharded(packed.mu)
         assert_sharded(packed.nu)
         target = adamaxw.adamaxw(1e-3, moment_dtype=to)
-        assert jax.tree.map(jax.typeof, packed) == jax.tree.map(jax.typeof, target.init(params))
+        assert types_of(packed) == types_of(target.init(params))
         assert packed.count.sharding.is_equivalent_to(everywhere, 0)
         if to is not None:
             assert packed.nu_scale.sharding.is_equivalent_to(everywhere, 0)
@@ -480,7 +475,7 @@ def test_norms_far_apart():
 
 def test_the_smallest_eps_in_float64():
     """It is allowed in whatever dtype it comes."""
-    with _x64():
+    with x64():
         adamaxw.adamax(1e-3, eps=jnp.asarray(1e-10), moment_dtype="uint8")
 
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from equality import types_of
+from modes import x64
 from oracle import Oracle
 
 import adamaxw
@@ -16,18 +18,6 @@ from adamaxw import AdamaxState
 
 _OPT = adamaxw.adamaxw(1e-2, weight_decay=0.1)
 _FLOATS = ("bfloat16", "float16", "float32")
-
-
-def _types(tree):
-    """Structure, shape, dtype, weak type and sharding type of every leaf."""
-    return jax.tree.map(jax.typeof, tree)
-
-
-def _x64():
-    """A context with float64; its name moved between versions of JAX."""
-    from jax import experimental
-
-    return jax.enable_x64(True) if hasattr(jax, "enable_x64") else experimental.enable_x64()
 
 
 def test_signature_begins_with_the_documented_arguments():
@@ -96,19 +86,19 @@ def test_state_types_are_fixed_at_init(param_dtype, grad_dtype):
     params = {"w": jnp.ones((2, 3), param_dtype), "b": jnp.ones((), param_dtype)}
     grads = jax.tree.map(lambda p: p.astype(grad_dtype), params)
     state = _OPT.init(params)
-    expected = _types(state)
+    expected = types_of(state)
 
     def step(state):
         return _OPT.update(grads, state, params)[1]
 
-    assert _types(step(state)) == expected
-    assert _types(jax.jit(step)(state)) == expected
-    assert _types(jax.lax.scan(lambda s, _: (step(s), None), state, length=2)[0]) == expected
-    assert _types(jax.lax.cond(state.count == 0, step, lambda s: s, state)) == expected
-    assert _types(jax.jit(_OPT.init)(params)) == expected
-    assert _types(jax.eval_shape(_OPT.init, params)) == expected
+    assert types_of(step(state)) == expected
+    assert types_of(jax.jit(step)(state)) == expected
+    assert types_of(jax.lax.scan(lambda s, _: (step(s), None), state, length=2)[0]) == expected
+    assert types_of(jax.lax.cond(state.count == 0, step, lambda s: s, state)) == expected
+    assert types_of(jax.jit(_OPT.init)(params)) == expected
+    assert types_of(jax.eval_shape(_OPT.init, params)) == expected
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    assert _types(_OPT.init(abstract)) == expected
+    assert types_of(_OPT.init(abstract)) == expected
 
 
 def test_python_and_numpy_leaves():
@@ -117,7 +107,7 @@ def test_python_and_numpy_leaves():
     grads = {"a": 0.5, "b": np.ones(2), "c": np.float32(-1)}
     state = _OPT.init(params)
     updates, new = _OPT.update(grads, state, params)
-    assert _types(new) == _types(state)
+    assert types_of(new) == types_of(state)
     for name in params:
         expected = Oracle(params[name], lr=1e-2, wd=0.1).step(grads[name])
         np.testing.assert_allclose(updates[name], expected, rtol=1e-5)
@@ -234,7 +224,7 @@ def test_none_and_masked_nodes_pass_through():
     params = {"a": jnp.ones(2), "b": None, "c": optax.MaskedNode(), "d": (), "e": jnp.ones((0, 2))}
     state = _OPT.init(params)
     updates, new = _OPT.update(params, state, params)
-    assert _types(new) == _types(state)
+    assert types_of(new) == types_of(state)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
 
 
@@ -256,7 +246,7 @@ def test_a_gradient_that_is_none_leaves_its_parameter_alone():
         applied = eqx.apply_updates(params, updates)
         np.testing.assert_array_equal(applied["frozen"]["w"], params["frozen"]["w"])
         np.testing.assert_array_equal(new.mu["frozen"]["w"], np.zeros(3))
-        assert _types(new) == _types(state)
+        assert types_of(new) == types_of(state)
         state = new
 
 
@@ -273,7 +263,7 @@ def test_integer_parameters_get_zero_updates():
     assert grads["steps"].dtype == jax.dtypes.float0
     for g in (grads, grads | {"steps": jnp.zeros(4, jnp.int32)}):
         updates, new = _OPT.update(g, state, params)
-        assert _types(new) == _types(state)
+        assert types_of(new) == types_of(state)
         applied = optax.apply_updates(params, updates)
         for name in ("steps", "flag", "host"):
             np.testing.assert_array_equal(applied[name], params[name])
@@ -315,7 +305,7 @@ def test_complex_parameters():
 
 def test_float64_beside_float32():
     """Under x64 a float64 parameter trains in float64, and its float32 neighbour in float32."""
-    with _x64():
+    with x64():
         rng = np.random.default_rng(0)
         params = {
             "double": jnp.asarray(rng.normal(size=8)),
@@ -346,7 +336,7 @@ def test_float64_beside_float32():
                 exact = oracle.step(grads["double"])
                 oracle.p = np.asarray(params["double"])
                 updates, new = step(grads, state, params)
-                assert _types(new) == _types(state)
+                assert types_of(new) == types_of(state)
                 state = new
                 rtol = 1e-6 if callable(lr) else 1e-12
                 np.testing.assert_allclose(updates["double"], exact, rtol=rtol)

@@ -7,11 +7,8 @@ import jax
 import pytest
 import reference_failures as failures
 
-
-@pytest.fixture(autouse=True)
-def _promotion_as_users_have_it():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+# As users have it.
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def test_the_norm_decays():

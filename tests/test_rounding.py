@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from equality import types_of
 from jax import lax
+from modes import apply_updates
 
 import adamaxw
 from adamaxw import _rounding
@@ -30,11 +32,6 @@ def _bits(x):
 
 def _wide(x):
     return np.asarray(x).astype(np.float64)
-
-
-def _apply(params, updates):
-    with jax.numpy_dtype_promotion("standard"):
-        return optax.apply_updates(params, updates)
 
 
 def _all_16_bits(dtype):
@@ -319,7 +316,7 @@ def _train(opt, params, gradients):
     def step(carry, g):
         params, state = carry
         updates, state = opt.update(g, state, params)
-        params = _apply(params, updates)
+        params = apply_updates(params, updates)
         return (params, state), params
 
     (params, state), history = jax.jit(lambda *args: lax.scan(step, *args))(
@@ -376,9 +373,9 @@ def test_exact_does_not_depend_on_what_is_compiled_with_it(moment_dtype):
     history, wide_history = [], []
     for g in jnp.asarray(gradients[:100]):
         updates, state = update(g, state, narrow)
-        narrow = _apply(narrow, updates)
+        narrow = apply_updates(narrow, updates)
         wide_updates, wide_state = update(g, wide_state, wide)
-        wide = _apply(wide, wide_updates)
+        wide = apply_updates(wide, wide_updates)
         history.append(np.asarray(narrow))
         wide_history.append(np.asarray(wide))
     _assert_same_training(np.stack(history), np.stack(wide_history))
@@ -446,7 +443,7 @@ def test_stochastic_lands_on_a_neighbour(param_dtype, grad_dtype):
         # Both are computed operation by operation, so that the targets are the same to the bit.
         updates, state = opt.update(g, state, p)
         assert updates.dtype == ("float32" if both_narrow else grad_dtype)
-        p = _apply(p, updates)
+        p = apply_updates(p, updates)
         assert p.dtype == param_dtype
         low = _wide(_ROUND[param_dtype](wide + step, jnp.zeros(size, jnp.uint32)))
         high = _wide(_ROUND[param_dtype](wide + step, jnp.full(size, 2**16 - 1, jnp.uint32)))
@@ -506,11 +503,11 @@ def test_residuals_lie_beside_bfloat16_alone(moment_dtype):
     assert state.residual["wide"] is None
     assert state.residual["steps"] is None
     updates, new = opt.update(gradients, state, params)
-    assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
+    assert types_of(new) == types_of(state)
     assert jax.tree.structure(new) == jax.tree.structure(state)
     assert updates["narrow"].dtype == jnp.float32
     np.testing.assert_array_equal(updates["steps"], 0)
-    master = adamaxw.moments.master_params(_apply(params, updates), new)
+    master = adamaxw.moments.master_params(apply_updates(params, updates), new)
     assert {name: x.dtype for name, x in master.items()} == {
         "narrow": jnp.float32,
         "wide": jnp.float32,
@@ -624,7 +621,7 @@ def test_a_bad_gradient_is_seen_and_harms_no_other(param_rounding, moment_dtype,
         params, state = start, opt.init(start)
         for g in (first, clean, clean):
             updates, state = update(jnp.asarray(g, jnp.bfloat16), state, params)
-            params = _apply(params, updates)
+            params = apply_updates(params, updates)
         return np.asarray(params)
 
     got, expected = run(spoiled), run(clean)
@@ -647,7 +644,7 @@ def test_exact_where_the_update_has_no_float32():
     step = jnp.asarray(new - _wide(value), jnp.float32)
     target = np.asarray(value + step)
     update, residual = how.write(step, value, p, residual, None, jnp.float32)
-    landed = _apply(p, update)
+    landed = apply_updates(p, update)
     master = np.asarray(_rounding.join(landed, residual))
     missed = np.asarray(landed != _rounding.split(jnp.asarray(target))[0])
     np.testing.assert_array_equal(master[~missed], target[~missed])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from equality import WITHOUT_FUSED_MULTIPLY_ADD, assert_equal_across_meshes
+from equality import WITHOUT_FUSED_MULTIPLY_ADD, assert_equal_across_meshes, types_of
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -66,7 +66,7 @@ def test_training_on_a_mesh(axis_type):
     params, shardings = _placed(axis_type)
     state = _OPT.init(params)
     _assert_sharded_like(state, shardings)
-    types = jax.tree.map(jax.typeof, (params, state))
+    types = types_of((params, state))
     alone = jax.tree.map(jnp.asarray, _PARAMS)
     state_alone = _OPT.init(alone)
 
@@ -78,7 +78,7 @@ def test_training_on_a_mesh(axis_type):
     for _ in range(5):
         params, state = step(params, state)
         alone, state_alone = step(alone, state_alone)
-        assert jax.tree.map(jax.typeof, (params, state)) == types
+        assert types_of((params, state)) == types
     _assert_sharded_like(state, shardings)
     assert_equal_across_meshes((params, state), (alone, state_alone))
 
@@ -90,7 +90,7 @@ def test_compiled_init_under_a_mesh():
         state = jax.jit(_OPT.init)(params)
         _assert_sharded_like(state, shardings)
         _, new = jax.jit(_OPT.update)(params, state, params)
-    assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
+    assert types_of(new) == types_of(state)
 
 
 @pytest.mark.parametrize("abstract", [False, True])
@@ -123,8 +123,8 @@ def test_explicit_types_in_loops():
         return jax.lax.scan(step, (params, _OPT.init(params)), length=3)[0]
 
     trained, state = train(params)
-    assert jax.tree.map(jax.typeof, trained) == jax.tree.map(jax.typeof, params)
-    assert jax.tree.map(jax.typeof, state.mu) == jax.tree.map(jax.typeof, params)
+    assert types_of(trained) == types_of(params)
+    assert types_of(state.mu) == types_of(params)
 
 
 def test_abstract_params_with_shardings():
