@@ -39,21 +39,23 @@ class Power(_formats.Logarithmic):
 
     power: float = 2.0
 
-    def _compress(self, ratio: jax.Array, chance: jax.Array) -> jax.Array:
+    def _compress(self, square: jax.Array, chance: jax.Array) -> jax.Array:
+        ratio = square / 127**2
         below = jnp.floor(127 * ratio ** (1 / self.power))
         low, high = (below / 127) ** self.power, ((below + 1) / 127) ** self.power
         return jnp.minimum(below + (chance * (high - low) < ratio - low), 127.0)
 
-    def _expand(self, q: jax.Array) -> jax.Array:
-        return self.peak * jnp.sign(q) * jnp.abs(q / 127) ** self.power
+    def _expand(self, mu: jax.Array) -> jax.Array:
+        q = mu.astype(jnp.float32)
+        return jnp.sign(super()._expand(mu)) * jnp.abs(q / 127) ** self.power * 127**2
 
 
 @dataclass(frozen=True)
 class ToNearest(_formats.Logarithmic):
     """The format that ships, without chance."""
 
-    def _compress(self, ratio: jax.Array, chance: jax.Array) -> jax.Array:
-        return super()._compress(ratio, jnp.full_like(chance, 0.5))
+    def _compress(self, square: jax.Array, chance: jax.Array) -> jax.Array:
+        return super()._compress(square, jnp.full_like(chance, 0.5))
 
 
 def formats() -> dict[str, _formats.Format]:

@@ -460,3 +460,22 @@ def test_mixed_kinds_of_state_are_refused():
     step = functools.partial(_OPT.update, state=_OPT.init(jnp.ones(2)), params=jnp.ones(2))
     with pytest.raises(TypeError, match=r"gradients must be real of shape \(2,\)"):
         step(jnp.ones(2, jnp.complex64))
+
+
+def test_leaves_that_convert_themselves_to_arrays():
+    """With `__jax_array__`, as JAX itself takes them in its functions."""
+
+    class Wrapped:
+        def __init__(self, x):
+            self.x = x
+            self.dtype, self.shape = x.dtype, x.shape
+
+        def __jax_array__(self):
+            return self.x
+
+    params = {"w": jnp.arange(3.0)}
+    wrapped = {"w": Wrapped(params["w"])}
+    opt = adamaxw.adamaxw(0.1)
+    updates, _ = opt.update(wrapped, opt.init(wrapped), wrapped)
+    expected, _ = opt.update(params, opt.init(params), params)
+    np.testing.assert_array_equal(updates["w"], expected["w"])

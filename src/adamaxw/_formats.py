@@ -9,6 +9,7 @@ Two facts make few bits enough for AdaMax; `docs/numerics.md` proves them.
 """
 
 import reprlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Protocol
@@ -59,6 +60,10 @@ class Format(Protocol):
         """
         ...
 
+    def clip(self, g: jax.Array, scale: jax.Array | None) -> jax.Array:
+        """A gradient no larger than the norms that can be stored with a scale; not if infinite."""
+        ...
+
     def encode(
         self, m: jax.Array, u: jax.Array, scale: jax.Array | None, noise: Any
     ) -> tuple[jax.Array, jax.Array]:
@@ -72,6 +77,10 @@ class Format(Protocol):
 
         In `dtype`, float32 or float64, unless they are stored in the dtype of the arithmetic.
         """
+        ...
+
+    def ratio(self, mu: jax.Array, nu: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array:
+        """The first of the two over the second."""
         ...
 
 
@@ -96,6 +105,11 @@ class Wide:
         """See `Format`."""
         del scale, eps
 
+    def clip(self, g: jax.Array, scale: jax.Array | None) -> jax.Array:
+        """See `Format`."""
+        del scale
+        return g
+
     def encode(
         self, m: jax.Array, u: jax.Array, scale: jax.Array | None, noise: Any
     ) -> tuple[jax.Array, jax.Array]:
@@ -109,6 +123,11 @@ class Wide:
         """See `Format`."""
         del scale, dtype
         return mu, nu
+
+    def ratio(self, mu: jax.Array, nu: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array:
+        """See `Format`."""
+        del scale, dtype
+        return mu / nu.astype(mu.dtype)
 
 
 @dataclass(frozen=True)
@@ -136,6 +155,11 @@ class BFloat16:
         fraction = jnp.where(fraction == 0.5, 1.0, fraction)
         return jnp.where((fraction > 0) & jnp.isfinite(scale), fraction, 1.0)
 
+    def clip(self, g: jax.Array, scale: jax.Array | None) -> jax.Array:
+        """See `Format`: norms up to 2^126, whatever the scale."""
+        del scale
+        return g
+
     @partial(jax.jit, static_argnums=0)
     def encode(
         self, m: jax.Array, u: jax.Array, scale: Any, noise: Any
@@ -151,6 +175,12 @@ class BFloat16:
     ) -> tuple[jax.Array, jax.Array]:
         """See `Format`."""
         return mu.astype(dtype), (nu.astype(jnp.float32) * scale).astype(dtype)
+
+    @partial(jax.jit, static_argnums=(0, 4))
+    def ratio(self, mu: jax.Array, nu: jax.Array, scale: Any, dtype: Any) -> jax.Array:
+        """See `Format`."""
+        m, u = self.decode(mu, nu, scale, dtype)
+        return m / u
 
 
 @dataclass(frozen=True)
@@ -185,6 +215,13 @@ class Logarithmic:
         return jnp.where((scale > 0) & (moved > 0) & (moved < jnp.inf), moved, eps)
 
     @partial(jax.jit, static_argnums=0)
+    def clip(self, g: jax.Array, scale: Any) -> jax.Array:
+        """See `Format`."""
+        largest = (scale * np.float32(2 ** (255 / self.levels))).astype(g.dtype)
+        size = jnp.abs(g)
+        return jnp.where((size > largest) & (size < jnp.inf), jnp.copysign(largest, g), g)
+
+    @partial(jax.jit, static_argnums=0)
     def encode(
         self, m: jax.Array, u: jax.Array, scale: Any, noise: Any
     ) -> tuple[jax.Array, jax.Array]:
@@ -192,41 +229,52 @@ class Logarithmic:
         if m.dtype == jnp.float64:
             m, u = (_clip_finite(x, 2.0**126) for x in (m, u))
         m, u = m.astype(jnp.float32), u.astype(jnp.float32)
-        # A product with the reciprocal: XLA on the CPU computes mu and nu in loops of their own,
-        # and stores what is dear and both need, such as a quotient, as a temporary of 4 bytes.
-        code = _round_to_int(_clip(self.levels * _log2(u * (1 / scale)), 255))
-        ratio = jnp.abs(m / (self._power(code) * (scale * np.float32(self.peak))))
+        # The last operations on both are selections between codes: see `benchmarks/NOTES.md`.
+        level = _log2(u, self.levels, -self.levels * jnp.log2(scale))
+        code = _round_to_int(jnp.where(level > 0, level, 0.0)).astype(jnp.uint8)
+        nu = jnp.where(level < 255, code, np.uint8(255))
+        square = jnp.abs(m) * self._power(nu, -1) * (np.float32(127**2 / self.peak) / scale)
         chance = jnp.asarray(noise, jnp.int32).astype(jnp.float32) * 2.0**-16 + 2.0**-17
-        magnitude = self._compress(_clip(ratio, 1), chance)
-        signed = jnp.where(m < 0, -magnitude, magnitude)
-        q = _round_to_int(jnp.where(ratio < jnp.inf, signed, -128.0))
-        return q.astype(jnp.int8), code.astype(jnp.uint8)
+        magnitude = self._compress(jnp.where(square < 127.0**2, square, 127.0**2), chance)
+        code = _round_to_int(_with_sign_of(m, magnitude)).astype(jnp.int8)
+        return jnp.where(jnp.abs(m) < jnp.inf, code, np.int8(-128)), nu
 
     @partial(jax.jit, static_argnums=(0, 4))
     def decode(
         self, mu: jax.Array, nu: jax.Array, scale: Any, dtype: Any
     ) -> tuple[jax.Array, jax.Array]:
         """See `Format`."""
-        u = self._power(nu) * scale
-        m = self._expand(mu.astype(jnp.float32)) * u
-        m = jnp.where(mu == -128, jnp.nan, m)
-        return m.astype(dtype), u.astype(dtype)
+        power = self._power(nu)
+        m = self._expand(mu) * (np.float32(self.peak / 127**2) * scale) * power
+        return m.astype(dtype), (power * scale).astype(dtype)
 
-    def _compress(self, ratio: jax.Array, chance: jax.Array) -> jax.Array:
-        """A magnitude q, 0 to 127, whose mean over chances in (0, 1) is the ratio in [0, 1]."""
-        square = ratio * 127.0**2
+    @partial(jax.jit, static_argnums=(0, 4))
+    def ratio(self, mu: jax.Array, nu: jax.Array, scale: Any, dtype: Any) -> jax.Array:
+        """See `Format`."""
+        del nu, scale
+        return (self._expand(mu) * np.float32(self.peak / 127**2)).astype(dtype)
+
+    def _compress(self, square: jax.Array, chance: jax.Array) -> jax.Array:
+        """An integer whose square has the mean `square` >= 0, over chances uniform in (0, 1)."""
         below = jnp.floor(jnp.sqrt(square))
         # The squares to both sides are 2 below + 1 apart.
         is_above = chance * (2 * below + 1) < square - below * below
         return below + jnp.where(is_above, 1.0, 0.0)
 
-    def _expand(self, q: jax.Array) -> jax.Array:
-        """The ratio m / u of a code."""
-        return q * jnp.abs(q) * np.float32(self.peak / 127**2)
+    def _expand(self, mu: jax.Array) -> jax.Array:
+        """`q |q|` of a code of the first moment; NaN for -128."""
+        q = mu.astype(jnp.float32)
+        return jnp.where(mu == -128, jnp.nan, q * jnp.abs(q))
 
-    def _power(self, code: jax.Array) -> jax.Array:
-        """`2^(code / levels)`."""
-        return _exp2(code.astype(jnp.float32) * np.float32(1 / self.levels))
+    def _power(self, code: jax.Array, sign: int = 1) -> jax.Array:
+        """`2^(code / levels)`, or its reciprocal, to 7e-6."""
+        # As the bits of a float32: its exponent, and 2^fraction with straight lines between.
+        exact = 2**23 / self.levels
+        step = round(exact)
+        # An integer, so that it is a little off; here half of what the last code lacks.
+        middle = round((exact - step) * 255 / 2)
+        at_zero = np.int32(sign * middle) + _ONE
+        return _exp2_of_linear(code.astype(jnp.int32) * np.int32(sign * step) + at_zero)
 
 
 WIDE = Wide()
@@ -294,41 +342,49 @@ def _clip_finite(x: jax.Array, limit: float) -> jax.Array:
     return jnp.where(jnp.isfinite(x), jnp.clip(x, -limit, limit), x)
 
 
-# 2^f for |f| <= 1/2, highest power first: relative error below 3e-6, exact at 0.
-_EXP2 = np.array(
-    [0.009582853235127453, 0.05590642594305739, 0.2402409861575567, 0.6931241932596307, 1.0],
-    np.float32,
-)
+# 2^(z - 1) for 1 <= z <= 2, highest power first: relative error below 3e-6.
+_EXP2 = np.array([0.01353417, -0.00212521, 0.16661337, 0.31201604, 0.50996422], np.float32)
 # log2(z) - (z - 1) for 1 <= z <= 2: error below 2e-5.
 _LOG2 = np.array(
     [0.04487358, -0.41656352, 1.63114839, -3.55079254, 4.09171066, -1.80036403], np.float32
 )
 _MANTISSA = np.int32(2**23 - 1)
+_EXPONENT = np.int32(-(2**23))
 _ONE = np.int32(127 << 23)
 # Added to a float32 of magnitude below 2^22, it leaves the nearest integer in the low bits.
 _MAGIC = np.float32(3 * 2**22)
 
 
-def _exp2(x: jax.Array) -> jax.Array:
-    """`2^x` for float32 -126 <= x < 127.5, to 3e-6; XLA's own takes several times as long."""
-    whole = jnp.round(x)
-    exponent = lax.bitcast_convert_type(whole + (_MAGIC + 127), jnp.int32) << 23
-    return jnp.polyval(_EXP2, x - whole) * lax.bitcast_convert_type(exponent, jnp.float32)
+def _exp2_of_linear(bits: jax.Array) -> jax.Array:
+    """`2^(e + z - 1)` of a float32 `2^e z`, 1 <= z < 2, given as its bits."""
+    octave = lax.bitcast_convert_type(bits & _EXPONENT, jnp.float32)
+    return _polynomial(_EXP2, _mantissa(bits)) * octave
 
 
-def _log2(x: jax.Array) -> jax.Array:
-    """`log2(x)` for positive float32, to 2e-5; about -127 for 0, 128 for inf, a number for NaN."""
+def _log2(x: jax.Array, times: int, plus: Any = 0.0) -> jax.Array:
+    """`times log2(x) + plus` for positive float32; the log to 2e-5, for 0 -127, inf 128."""
     bits = lax.bitcast_convert_type(x, jnp.int32)
-    mantissa = lax.bitcast_convert_type((bits & _MANTISSA) | _ONE, jnp.float32)
     # Exponent and mantissa read as one number: log2 with straight lines between powers of two.
-    linear = (bits - _ONE).astype(jnp.float32) * np.float32(2.0**-23)
-    return linear + jnp.polyval(_LOG2, mantissa)
+    linear = (bits - _ONE).astype(jnp.float32) * np.float32(times * 2.0**-23)
+    *others, last = times * _LOG2
+    return linear + _polynomial([*others, last + plus], _mantissa(bits))
 
 
-def _clip(x: jax.Array, high: float) -> jax.Array:
-    """`x` between 0 and `high`; NaN, which `jnp.clip` keeps at a price, becomes one of the two."""
-    x = jnp.where(x > 0, x, 0.0)
-    return jnp.where(x < high, x, float(high))
+def _mantissa(bits: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type((bits & _MANTISSA) | _ONE, jnp.float32)
+
+
+def _polynomial(coefficients: Iterable[Any], x: jax.Array) -> jax.Array:
+    """Its value, highest power first; `jnp.polyval` begins with a product with zero."""
+    value, *others = coefficients
+    for coefficient in others:
+        value = value * x + coefficient
+    return jnp.asarray(value)
+
+
+def _with_sign_of(m: jax.Array, magnitude: jax.Array) -> jax.Array:
+    bits, sign = (lax.bitcast_convert_type(x, jnp.int32) for x in (magnitude, m))
+    return lax.bitcast_convert_type(bits | (sign & np.int32(-(2**31))), jnp.float32)
 
 
 def _round_to_int(x: jax.Array) -> jax.Array:

@@ -2,6 +2,8 @@
 
 import reprlib
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +16,9 @@ from adamaxw._formats import FORMATS, Format
 from adamaxw._rounding import ParamRounding, Rounding
 
 
-class Leaf(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(slots=True)
+class Leaf:
     """A gradient and what belongs to it.
 
     Attributes:
@@ -24,7 +28,7 @@ class Leaf(NamedTuple):
         residual: what the rounding keeps; likewise, or None.
         p: parameter; any subtree where the gradient is None, and None where params were not given.
         decays: whether the parameter decays.
-        rounding: how its new value is rounded; None where it does not train.
+        rounding: how its new value is rounded, a `Rounding`; None where it does not train.
     """
 
     g: Any
@@ -32,8 +36,8 @@ class Leaf(NamedTuple):
     nu: Any
     residual: Any
     p: Any
-    decays: bool
-    rounding: Rounding | None
+    decays: bool = field(metadata={"static": True})
+    rounding: Any = field(metadata={"static": True})
 
 
 def zeros(params: Any, fmt: Format, param_rounding: ParamRounding) -> tuple[Any, Any, Any]:
@@ -118,6 +122,18 @@ def scalar_sharding(params: Any) -> Sharding | None:
     return places.pop() if len(places) == 1 else None
 
 
+def lie_together(tree: Any) -> bool:
+    """Whether one compiled call can take all of a tree: none traced, none committed elsewhere."""
+    places = set()
+    for x in jax.tree.leaves(tree):
+        if isinstance(x, Tracer):
+            return False
+        if isinstance(x, jax.Array) and x.committed:
+            place = x.sharding
+            places.add(place.mesh if isinstance(place, NamedSharding) else place)
+    return len(places) <= 1
+
+
 def side_by_side(
     updates: Any,
     moments: tuple[Any, Any, Any],
@@ -132,7 +148,7 @@ def side_by_side(
         updates: the gradients; a None in them is a leaf.
         moments: `(mu, nu, residual)` of the state, as `zeros` made them.
         params: the parameters, or None: not needed.
-        decays: a tree of booleans in the structure of params, or None: none decays.
+        decays: which of them decay, a tree of booleans in the structure of params or one for all.
         fmt: how moments are stored.
         param_rounding: how parameters are rounded.
 
@@ -162,7 +178,7 @@ def side_by_side(
         leaves("state.nu", nu),
         none if residual is None else leaves("state.residual", residual),
         none if params is None else leaves("params", params),
-        [False] * len(gradients) if decays is None else leaves("mask", decays),
+        [decays] * len(gradients) if isinstance(decays, bool) else leaves("mask", decays),
     )
     rows = []
     for index, (g, m, u, r, p, decay) in enumerate(zip(gradients, *columns, strict=True)):
@@ -171,9 +187,10 @@ def side_by_side(
             continue
         g, p = _as_array(g), _as_array(p)
         kind = _stored_kind(m, u, fmt)
-        for name, x in [("gradients", g)] + [("params", p)] * (params is not None):
-            if kind is not None and (_kind(x) != kind or x.shape != m.shape):
-                raise _misfit(name, updates, index, x, m, kind)
+        if kind is not None and not _fits(g, m, kind):
+            raise _misfit("gradients", updates, index, g, m, kind)
+        if kind is not None and params is not None and not _fits(p, m, kind):
+            raise _misfit("params", updates, index, p, m, kind)
         if kind is None or u.shape != m.shape:
             raise _spoiled(updates, index, g, m, u, fmt)
         how = None
@@ -324,11 +341,15 @@ def _misfit_residual(updates: Any, index: int, p: Any, residual: Any, how: Round
 
 def _stored_kind(m: Any, u: Any, fmt: Format) -> str | None:
     """What parameters the moments of a leaf belong to; None if no parameter has such moments."""
-    found = (getattr(m, "dtype", None), getattr(u, "dtype", None))
+    return _kind_of_dtypes(getattr(m, "dtype", None), getattr(u, "dtype", None), fmt)
+
+
+@cache
+def _kind_of_dtypes(m: Any, u: Any, fmt: Format) -> str | None:
     for dtype, kind in _KINDS.items():
-        if fmt.dtypes(dtype) == found:
+        if fmt.dtypes(dtype) == (m, u):
             return kind
-    return "integer" if found[0] == found[1] and _kind(m) == "integer" else None
+    return "integer" if m == u and _kind_of_dtype(m) == "integer" else None
 
 
 _KINDS = {
@@ -339,9 +360,16 @@ _KINDS = {
 }
 
 
+def _fits(x: Any, m: Any, kind: str) -> bool:
+    return _kind(x) == kind and x.shape == m.shape
+
+
 def _as_array(x: Any) -> Any:
+    if isinstance(x, jax.Array):
+        return x
     is_number = isinstance(x, (bool, int, float, complex, np.ndarray, np.generic))
-    return jnp.asarray(x) if is_number and _kind(x) != "integer" else x
+    converts = is_number and _kind(x) != "integer"
+    return jnp.asarray(x) if converts or hasattr(x, "__jax_array__") else x
 
 
 def _is_none(x: Any) -> bool:
@@ -350,8 +378,12 @@ def _is_none(x: Any) -> bool:
 
 def _kind(x: Any) -> str | None:
     """Leaves meet only their kind; None for what is no array of numbers."""
-    dtype = getattr(x, "dtype", None)
-    if dtype is None or not hasattr(x, "shape"):
+    return _kind_of_dtype(getattr(x, "dtype", None)) if hasattr(x, "shape") else None
+
+
+@cache
+def _kind_of_dtype(dtype: Any) -> str | None:
+    if dtype is None:
         return None
     if jnp.issubdtype(dtype, jnp.floating):
         return "real"

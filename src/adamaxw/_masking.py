@@ -37,7 +37,7 @@ def refuse_called_mask(mask: Any, hyperparameters: tuple[Any, ...]) -> None:
 
 
 def resolve_mask(mask: Any, params: optax.Params) -> Any:
-    """A tree of the structure of `params` with a Python bool at each leaf: does it decay?
+    """Which leaves decay: True for all, or a tree in the structure of `params` with a bool each.
 
     Args:
         mask: None (all decay), a tree of booleans that has the structure of params or is a prefix
@@ -49,7 +49,7 @@ def resolve_mask(mask: Any, params: optax.Params) -> Any:
         ValueError: the mask is no prefix of params.
     """
     if mask is None:
-        return jax.tree.map(lambda _: True, params)
+        return True
     # A module with a __call__ can also be the tree: then it has boolean leaves.
     if callable(mask) and not any(map(_is_boolean, jax.tree.leaves(mask))):
         mask = mask(params)

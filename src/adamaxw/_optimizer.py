@@ -1,6 +1,7 @@
 """The gradient transformations: hyperparameters and trees; the formula is in `_rule`."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from adamaxw import _formats, _hyperparameters, _leaves, _masking, _rounding
-from adamaxw._rule import Scalar, adamaxw_rule, bias_correction, shrink
+from adamaxw._rule import Scalar, bias_correction, next_moments, next_step, shrink
 
 
 class AdamaxState(NamedTuple):
@@ -75,7 +76,7 @@ def adamaxw(
             arithmetic, 8 bytes a float32 parameter. "bfloat16" or the dtype: 4 bytes. "uint8" or
             the dtype: 2 bytes, the norm within 5.9% (1/12 of an octave) of the exact one for ever,
             up to `eps * 2**42.5`; for b1 up to about 0.95 and eps from 1e-10 on. Real parameters
-            only, with the last two.
+            only, with the last two; their steps are those of the moments as they are stored.
         param_rounding: how the new value of a bfloat16 or float16 parameter is rounded, which
             `optax.apply_updates` does. "nearest": steps below 1/512 of a bfloat16 parameter are
             lost. "stochastic": to one of the two neighbours at random, so that the mean is right;
@@ -222,32 +223,28 @@ def _transformation(
         del extra_args
         _check(state, fmt)
         if decay is None and not rounding.needs_params:
-            params = decays = None
+            params, decays = None, False
         elif params is None:
             why = "adamaxw decays" if decay else f'param_rounding="{rounding.name}" rounds'
             raise ValueError(f"{why} the params: call update(gradients, state, params)")
         else:
-            decays = None if decay is None else _masking.resolve_mask(mask, params)
+            decays = decay is not None and _masking.resolve_mask(mask, params)
         moments = state.mu, state.nu, state.residual
         treedef, leaves = _leaves.side_by_side(updates, moments, params, decays, fmt, rounding)
 
-        count = jnp.minimum(state.count, 2**31 - 2) + 1  # saturates, does not wrap
         lr = _hyperparameters.at("learning_rate", learning_rate, state.count)
-        rate = lr / bias_correction(b1, count.astype(jnp.result_type(float)))
-        rates = _Rates(b1, b2, eps, rate, 0.0 if decay is None else decay(lr, state.count))
-        scale = new_scale = state.nu_scale
-        if scale is not None:
-            new_scale = fmt.rescale(
-                shrink(_cast(b2, jnp.float32), scale), jnp.asarray(eps, jnp.float32)
-            )
-        stepped = [
-            _step_leaf(leaf, rates, fmt, (scale, new_scale), state.count, index)
-            for index, leaf in enumerate(leaves)
-        ]
-        columns = zip(*stepped, strict=True) if stepped else ([], [], [], [])
+        wd = 0.0 if decay is None else decay(lr, state.count)
+        at_step = _Step(state.count, state.nu_scale, lr, wd, _Constants(b1, b2, eps), fmt)
+        trained = {i: leaf for i, leaf in enumerate(leaves) if leaf.rounding is not None}
+        # Without jit: one call for all leaves, if one device or mesh can make it.
+        step = _step_in_one_call if _leaves.lie_together((updates, state, params)) else _step
+        count, scale, stepped = step(trained, at_step)
+
+        rows = [stepped.get(i) or _unchanged(leaf) for i, leaf in enumerate(leaves)]
+        columns = zip(*rows, strict=True) if rows else ([], [], [], [])
         updates, mu, nu, residual = (treedef.unflatten(column) for column in columns)
         residual = None if state.residual is None else residual
-        return updates, AdamaxState(count, mu, nu, new_scale, residual)
+        return updates, AdamaxState(count, mu, nu, scale, residual)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -271,51 +268,115 @@ def _check(state: Any, fmt: _formats.Format) -> None:
         )
 
 
-class _Rates(NamedTuple):
-    """The hyperparameters of `adamaxw_rule`, at one step."""
+@jax.tree_util.register_pytree_node_class
+class _Constants(NamedTuple):
+    """The hyperparameters that no schedule changes. Compiled code has numbers as constants.
+
+    There they keep the double precision that `shrink` needs.
+    """
 
     b1: Scalar
     b2: Scalar
     eps: Scalar
-    rate: Scalar
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        """Arrays are leaves, numbers part of the structure."""
+        arrays = tuple(None if isinstance(x, float) else x for x in self)
+        return arrays, tuple(x if isinstance(x, float) else None for x in self)
+
+    @classmethod
+    def tree_unflatten(cls, numbers: Any, arrays: Any) -> "_Constants":
+        """See `tree_flatten`."""
+        return cls(*(x if y is None else y for x, y in zip(arrays, numbers, strict=True)))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Step:
+    """What the leaves share at one step.
+
+    Attributes:
+        count: the number of updates done.
+        nu_scale: of the moments as they are stored.
+        lr: the learning rate.
+        decay: by what part parameters decay.
+        constants: the other hyperparameters.
+        fmt: how moments are stored.
+    """
+
+    count: jax.Array
+    nu_scale: jax.Array | None
+    lr: Scalar
     decay: Scalar
+    constants: _Constants
+    fmt: _formats.Format = field(metadata={"static": True})
 
 
+def _step(leaves: dict[int, _leaves.Leaf], step: _Step) -> tuple[jax.Array, Any, dict[int, Any]]:
+    """One step of all leaves that train, by their index in the tree.
+
+    Returns:
+        The new count and `nu_scale`, and `(update, mu, nu, residual)` for each leaf.
+    """
+    b1, b2, eps = step.constants
+    count = jnp.minimum(step.count, 2**31 - 2) + 1  # saturates, does not wrap
+    rate = step.lr / bias_correction(b1, count.astype(jnp.result_type(float)))
+    scale = step.nu_scale
+    if scale is not None:
+        shrunk = shrink(_cast(b2, jnp.float32), scale)
+        scale = step.fmt.rescale(shrunk, jnp.asarray(eps, jnp.float32))
+    indices = [None] * len(leaves)
+    if any(step.fmt.is_noisy or leaf.rounding.is_noisy for leaf in leaves.values()):
+        indices = _rounding.leaf_indices(step.count, len(leaves))
+    stepped = {
+        i: _step_leaf(leaf, step, rate, scale, index)
+        for (i, leaf), index in zip(leaves.items(), indices, strict=True)
+    }
+    return count, scale, stepped
+
+
+_step_in_one_call = jax.jit(_step)
+
+
+@jax.jit  # Traced once for all leaves of a shape.
 def _step_leaf(
     leaf: _leaves.Leaf,
-    rates: _Rates,
-    fmt: _formats.Format,
-    scales: tuple[Any, Any],
-    count: jax.Array,
-    index: int,
+    step: _Step,
+    rate: jax.Array,
+    new_scale: jax.Array | None,
+    index: jax.Array | None,
 ) -> tuple[Any, Any, Any, Any]:
     """Applies the rule to one leaf; returns `(update, mu, nu, residual)`."""
-    g, mu, nu, residual, p, decays, rounding = leaf
-    if g is None:
-        return None, mu, nu, residual
-    if rounding is None:
-        return jnp.zeros_like(mu), mu, nu, residual
+    g, p, fmt, rounding = leaf.g, leaf.p, step.fmt, leaf.rounding
     noise = other_noise = None
     if fmt.is_noisy or rounding.is_noisy:
-        noise, other_noise = _rounding.noise(count, index, mu.shape)
+        noise, other_noise = _rounding.noise(step.count, index, g.shape)
 
     dtype = jnp.float64 if jnp.finfo(g.dtype).bits == 64 else jnp.float32
-    m, u = fmt.decode(mu, nu, scales[0], dtype)
-    value = None if p is None else rounding.read(p, residual, m.dtype)
-    step, m, u = adamaxw_rule(
-        g.astype(m.dtype),
-        m,
-        u,
-        value if decays else None,
-        b1=_cast(rates.b1, m.dtype),
-        b2=_cast(rates.b2, u.dtype),
-        eps=_cast(rates.eps, u.dtype),
-        rate=_cast(rates.rate, m.dtype),
-        decay=_cast(rates.decay, m.dtype),
+    b1, b2, eps = step.constants
+    m, u = fmt.decode(leaf.mu, leaf.nu, step.nu_scale, dtype)
+    b1, b2, eps = _cast(b1, m.dtype), _cast(b2, u.dtype), _cast(eps, u.dtype)
+    g = fmt.clip(g.astype(m.dtype), new_scale)
+    m, u = next_moments(g, m, u, b1=b1, b2=b2, eps=eps)
+    mu, nu = fmt.encode(m, u, new_scale, noise)
+
+    # Of the stored moments: a compiler that takes a loop for each result then shares their work.
+    ratio = fmt.ratio(mu, nu, new_scale, dtype)
+    value = None if p is None else rounding.read(p, leaf.residual, ratio.dtype)
+    update = next_step(
+        ratio,
+        value if leaf.decays else None,
+        rate=_cast(rate, ratio.dtype),
+        decay=_cast(step.decay, ratio.dtype),
     )
-    mu, nu = fmt.encode(m, u, scales[1], noise)
-    update, residual = rounding.write(step, value, p, residual, other_noise, g.dtype)
+    update, residual = rounding.write(update, value, p, leaf.residual, other_noise, leaf.g.dtype)
     return update, mu, nu, residual
+
+
+def _unchanged(leaf: _leaves.Leaf) -> tuple[Any, Any, Any, Any]:
+    """What `_step` would return for a leaf that does not train."""
+    update = None if leaf.g is None else jnp.zeros_like(leaf.mu)
+    return update, leaf.mu, leaf.nu, leaf.residual
 
 
 def _cast(scalar: Scalar, dtype: Any) -> Scalar:

@@ -166,7 +166,7 @@ class ParamRounding:
 
         Nothing is rounded from float32 on.
         """
-        if jnp.finfo(dtype).bits >= 32:
+        if jnp.dtype(dtype).itemsize >= 4:
             return Nearest()
         return self.narrow.get(jnp.dtype(dtype).name, self.others)
 
@@ -238,6 +238,25 @@ def round_to_float16(x: jax.Array, noise: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x) & jnp.isfinite(rounded), rounded, x.astype(jnp.float16))
 
 
+def leaf_indices(count: jax.Array, number: int) -> list[jax.Array]:
+    """0, 1, 2 ... as uint32 scalars that the compiler does not know: `leaf` for `noise`.
+
+    With constants in their place, XLA on the CPU would compile the loops of each leaf anew, instead
+    of once for all leaves of a shape.
+    """
+    one = (count >= 0).astype(jnp.uint32)
+    indices = [one - 1]
+    for _ in range(1, number):
+        indices.append(_successor(indices[-1], one))
+    return indices
+
+
+@jax.jit
+def _successor(index: jax.Array, one: jax.Array) -> jax.Array:
+    # XLA computes a quotient that loops use before them, not in each.
+    return (index + one) // one
+
+
 @partial(jax.jit, static_argnames="shape")
 def noise(
     count: jax.Array, leaf: jax.typing.ArrayLike, shape: tuple[int, ...]
@@ -248,7 +267,7 @@ def noise(
 
     Args:
         count: int32 scalar, the number of updates done.
-        leaf: index of the leaf in the tree; it may be traced.
+        leaf: index of the leaf among those of the tree that train; it may be traced.
         shape: of the whole leaf.
 
     Returns:

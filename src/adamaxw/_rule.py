@@ -8,53 +8,49 @@ import numpy as np
 Scalar = float | jax.Array
 
 
-def adamaxw_rule(
-    g: jax.Array,
-    m: jax.Array,
-    u: jax.Array,
-    p: jax.Array | None,
-    *,
-    b1: Scalar,
-    b2: Scalar,
-    eps: Scalar,
-    rate: Scalar,
-    decay: Scalar,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One step of AdamaxW on one array.
+# With `t` counting from 1, `lr` the learning rate and `wd` the weight decay:
+#
+#     m_t    = b1 m_{t-1} + (1 - b1) g_t
+#     u_t    = max(b2 u_{t-1}, |g_t| + eps)
+#     step_t = -lr / (1 - b1^t) * m_t / u_t  -  lr wd p_{t-1}
+#
+# Kingma & Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, Algorithm 2 (AdaMax), with
+# eps inside the maximum as in PyTorch and Optax; Loshchilov & Hutter, "Decoupled Weight Decay
+# Regularization", ICLR 2019, Algorithm 2, line 12.
 
-    With `t` counting from 1, `lr` the learning rate and `wd` the weight decay::
 
-        m_t    = b1 m_{t-1} + (1 - b1) g_t
-        u_t    = max(b2 u_{t-1}, |g_t| + eps)
-        step_t = -lr / (1 - b1^t) * m_t / u_t  -  lr wd p_{t-1}
+def next_moments(
+    g: jax.Array, m: jax.Array, u: jax.Array, *, b1: Scalar, b2: Scalar, eps: Scalar
+) -> tuple[jax.Array, jax.Array]:
+    """The first two lines of AdamaxW on one array.
 
     Args:
         g: gradient; floating or complex, of the dtype of `m`.
         m: first moment, of the shape of `g`.
         u: infinity norm, real, of the shape of `g`.
-        p: parameter, of the dtype of `m`, or None where it does not decay.
         b1: decay rate of the first moment.
         b2: decay rate of the infinity norm.
         eps: lower bound of the infinity norm.
-        rate: `lr / (1 - b1^t)`; for the divisor see `bias_correction`.
-        decay: `lr * wd`, or `wd` alone where the decay is not scaled by the learning rate.
 
     Returns:
-        `(step, m, u)`: what to add to `p`, and the two new moments, in their dtypes.
-
-    Source:
-        Kingma & Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, Algorithm 2 (AdaMax),
-        with eps inside the maximum as in PyTorch and Optax; Loshchilov & Hutter, "Decoupled Weight
-        Decay Regularization", ICLR 2019, Algorithm 2, line 12.
+        The two new moments, in their dtypes.
     """
     # The gradient first, as in Optax: a compiler that fuses the sum then rounds the same product.
     m = (1 - b1) * g + shrink(b1, m)
-    u = jnp.maximum(shrink(b2, u), jnp.abs(g) + eps)
-    # m / u first: the ratio is of order 1, so no intermediate under- or overflows.
-    step = -rate * (m / u.astype(m.dtype))
-    if p is not None:
-        step -= decay * p
-    return step, m, u
+    return m, jnp.maximum(shrink(b2, u), jnp.abs(g) + eps)
+
+
+def next_step(ratio: jax.Array, p: jax.Array | None, *, rate: Scalar, decay: Scalar) -> jax.Array:
+    """The last line of AdamaxW on one array: what to add to the parameter.
+
+    Args:
+        ratio: `m / u`, of order 1: divided first, no intermediate under- or overflows.
+        p: parameter, of the dtype of `ratio`, or None where it does not decay.
+        rate: `lr / (1 - b1^t)`; for the divisor see `bias_correction`.
+        decay: `lr * wd`, or `wd` alone where the decay is not scaled by the learning rate.
+    """
+    step = -rate * ratio
+    return step if p is None else step - decay * p
 
 
 def bias_correction(b1: Scalar, t: jax.Array) -> jax.Array:
