@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lowest clean
+.PHONY: demo test check lowest bench clean
 
 # The optimizer at work on real input: about two minutes on two cores; pictures in output/.
 demo: .venv/.installed
@@ -21,6 +21,14 @@ check: .venv/.installed
 lowest: .venv-lowest/.installed
 	.venv-lowest/bin/python -m pytest -n auto tests src --ignore-glob='*test_example_*'
 
+# Speed beside the peers: about 25 minutes on two cores; writes benchmarks/results, docs/benchmarks.md.
+bench: .venv/.bench
+	@$(BIN)/python -c 'import torch, pytorch_optimizer' 2>/dev/null || { \
+	  echo 'Without the peers of PyTorch: they are skipped. To have them:'; \
+	  echo '  $(BIN)/pip install torch && $(BIN)/pip install --no-deps pytorch_optimizer'; }
+	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/report.py
+
 clean:
 	rm -rf .venv .venv-lowest output
 
@@ -29,6 +37,10 @@ clean:
 	  || { echo 'adamaxw needs Python 3.11 or newer: make PYTHON=python3.12' >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+.venv/.bench: .venv/.installed
+	$(BIN)/pip install --quiet --editable '.[bench]'
 	@touch $@
 
 .venv-lowest/.installed: pyproject.toml tests/lowest.txt

@@ -1,0 +1,305 @@
+// One pass of AdamaxW over a tree of parameters, as a handler of XLA's FFI for the CPU.
+//
+// Parameters and moments are updated in place (the caller aliases inputs and outputs); everything
+// of one element is read once and written once. The formulas are those of src/adamaxw/_rule.py,
+// _formats.py and _rounding.py, in float32.
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+// Elements of a task: large enough to hide what handing it out costs, small enough to balance.
+constexpr int64_t kTask = 1 << 16;
+
+struct Scalars {
+  float rate, decay, one_minus_b1, one_minus_b2, eps, scale, new_scale, log2_new_scale;
+};
+
+uint32_t Mix(uint32_t x, uint32_t key = 0) {
+  x = (x ^ (x >> 17)) * 0xED5AD4BBu;
+  x = ((x ^ (x >> 11)) + key) * 0xAC4C1B51u;
+  x = (x ^ (x >> 15)) * 0x31848BABu;
+  return x ^ (x >> 14);
+}
+
+struct Noise {
+  uint32_t key, other_key;
+
+  Noise(int32_t count, uint32_t leaf) {
+    key = Mix(static_cast<uint32_t>(count) + Mix(leaf + 0x9E3779B9u));
+    other_key = Mix(key ^ 0x85EBCA6Bu);
+  }
+  uint32_t At(uint32_t index) const { return Mix(index ^ key, other_key) >> 16; }
+};
+
+template <typename To, typename From>
+To Bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// NaN of either operand comes through, as in jnp.maximum.
+float Maximum(float a, float b) { return a >= b || a != a ? a : b; }
+
+bool IsFinite(float x) { return (Bits<uint32_t>(x) & 0x7F800000u) != 0x7F800000u; }
+
+// Added to a float32 of magnitude below 2^22, it leaves the nearest integer in the low bits.
+constexpr float kMagic = 3 << 22;
+constexpr int32_t kMagicBits = 0x4B400000;
+
+int32_t RoundToInt(float x) { return Bits<int32_t>(x + kMagic) - kMagicBits; }
+
+constexpr int32_t kMantissa = (1 << 23) - 1, kOne = 127 << 23;
+
+float Mantissa(int32_t bits) { return Bits<float>((bits & kMantissa) | kOne); }
+
+// 2^(e + z - 1) of a float32 2^e z, 1 <= z < 2, given as its bits.
+float Exp2OfLinear(int32_t bits) {
+  float z = Mantissa(bits);
+  float y = 0.01353417f;
+  y = y * z - 0.00212521f;
+  y = y * z + 0.16661337f;
+  y = y * z + 0.31201604f;
+  y = y * z + 0.50996422f;
+  return y * Bits<float>(bits & ~kMantissa);
+}
+
+// times log2(x) + plus.
+float Log2(float x, float times, float plus) {
+  int32_t bits = Bits<int32_t>(x);
+  float z = Mantissa(bits);
+  float linear = static_cast<float>(bits - kOne) * (times * 0x1p-23f);
+  float y = times * 0.04487358f;
+  y = y * z - times * 0.41656352f;
+  y = y * z + times * 1.63114839f;
+  y = y * z - times * 3.55079254f;
+  y = y * z + times * 4.09171066f;
+  y = y * z + (plus - times * 1.80036403f);
+  return linear + y;
+}
+
+float ClipFinite(float x) {
+  constexpr float kLimit = 0x1p126f;
+  float clipped = std::min(std::max(x, -kLimit), kLimit);
+  return IsFinite(x) ? clipped : x;
+}
+
+uint16_t NearestBFloat16(float x) {
+  uint32_t bits = Bits<uint32_t>(x);
+  uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>(x != x ? 0x7FC0u | ((bits >> 16) & 0x8000u) : rounded);
+}
+
+uint16_t NoisyBFloat16(float x, uint32_t noise) {
+  uint32_t high = (Bits<uint32_t>(x) + noise) >> 16;
+  bool finite = IsFinite(x) && (high & 0x7F80u) != 0x7F80u;
+  return finite ? static_cast<uint16_t>(high) : NearestBFloat16(x);
+}
+
+struct Wide {
+  using Mu = float;
+  using Nu = float;
+
+  Wide(const Scalars&, const Noise&) {}
+  void Decode(Mu mu, Nu nu, float& m, float& u) const { m = mu, u = nu; }
+  void Encode(float m, float u, uint32_t, Mu& mu, Nu& nu) const { mu = m, nu = u; }
+  float Ratio(Mu mu, Nu nu) const { return mu / nu; }
+};
+
+struct BFloat16 {
+  using Mu = uint16_t;
+  using Nu = uint16_t;
+  float scale, new_scale, inverse;
+  Noise noise;
+
+  BFloat16(const Scalars& s, const Noise& n)
+      : scale(s.scale), new_scale(s.new_scale), inverse(1 / s.new_scale), noise(n) {}
+  static float Float(uint16_t x) { return Bits<float>(static_cast<uint32_t>(x) << 16); }
+  void Decode(Mu mu, Nu nu, float& m, float& u) const { m = Float(mu), u = Float(nu) * scale; }
+  void Encode(float m, float u, uint32_t index, Mu& mu, Nu& nu) const {
+    mu = NoisyBFloat16(ClipFinite(m), noise.At(index));
+    nu = NearestBFloat16(ClipFinite(u) * inverse);
+  }
+  float Ratio(Mu mu, Nu nu) const { return Float(mu) / (Float(nu) * new_scale); }
+};
+
+struct Logarithmic {
+  using Mu = int8_t;
+  using Nu = uint8_t;
+  static constexpr float kLevels = 6, kSquare = 127 * 127, kUnit = 1.25 / (127 * 127);
+  static constexpr int32_t kStep = 1398101;  // 2^23 / kLevels
+  float scale, unit, inverse, offset;
+  Noise noise;
+
+  Logarithmic(const Scalars& s, const Noise& n)
+      : scale(s.scale), unit(kUnit * s.scale),
+        inverse(static_cast<float>(127 * 127 / 1.25) / s.new_scale),
+        offset(-kLevels * s.log2_new_scale), noise(n) {}
+  static float Power(int32_t code) { return Exp2OfLinear(code * kStep + kOne); }
+  static float Expand(Mu mu) {
+    float q = mu;
+    return mu == -128 ? __builtin_nanf("") : q * __builtin_fabsf(q);
+  }
+  void Decode(Mu mu, Nu nu, float& m, float& u) const {
+    float power = Power(nu);
+    m = Expand(mu) * unit * power;
+    u = power * scale;
+  }
+  void Encode(float m, float u, uint32_t index, Mu& mu, Nu& nu) const {
+    float level = Log2(u, kLevels, offset);
+    level = level > 0 ? level : 0;
+    int32_t code = RoundToInt(level < 255 ? level : 255);
+    float square = __builtin_fabsf(m) * Power(-code) * inverse;
+    square = square < kSquare ? square : kSquare;
+    float chance = static_cast<int32_t>(noise.At(index)) * 0x1p-16f + 0x1p-17f;
+    float below = __builtin_floorf(__builtin_sqrtf(square));
+    bool above = chance * (2 * below + 1) < square - below * below;
+    float magnitude = below + (above ? 1.0f : 0.0f);
+    int32_t q = RoundToInt(__builtin_copysignf(magnitude, m));
+    mu = static_cast<Mu>(__builtin_fabsf(m) < __builtin_inff() ? q : -128);
+    nu = static_cast<Nu>(code);
+  }
+  float Ratio(Mu mu, Nu) const { return Expand(mu) * kUnit; }
+};
+
+// One leaf of the tree, or a part of one from element `first` on.
+struct Piece {
+  float* p;
+  void* mu;
+  void* nu;
+  const float* g;
+  int64_t first, size;
+  uint32_t leaf;
+};
+
+template <typename Format>
+void Step(const Piece& piece, const Scalars& s, int32_t count) {
+  const Format format(s, Noise(count, piece.leaf));
+  // No two of the arrays overlap: XLA aliases an output only with its own input.
+  float* __restrict p = piece.p + piece.first;
+  auto* __restrict mu = static_cast<typename Format::Mu*>(piece.mu) + piece.first;
+  auto* __restrict nu = static_cast<typename Format::Nu*>(piece.nu) + piece.first;
+  const float* __restrict g = piece.g + piece.first;
+  const uint32_t first = static_cast<uint32_t>(piece.first);
+  const int32_t size = static_cast<int32_t>(piece.size);
+  for (int32_t i = 0; i < size; ++i) {
+    float m, u;
+    format.Decode(mu[i], nu[i], m, u);
+    m = s.one_minus_b1 * g[i] + (m - s.one_minus_b1 * m);
+    u = Maximum(u - s.one_minus_b2 * u, __builtin_fabsf(g[i]) + s.eps);
+    typename Format::Mu new_mu;
+    typename Format::Nu new_nu;
+    format.Encode(m, u, first + static_cast<uint32_t>(i), new_mu, new_nu);
+    mu[i] = new_mu, nu[i] = new_nu;
+    p[i] += -s.rate * format.Ratio(new_mu, new_nu) - s.decay * p[i];
+  }
+}
+
+// The same traffic with hardly any arithmetic: the least time that one pass can take.
+void Touch(const Piece& piece, const Scalars&, int32_t) {
+  float* __restrict p = piece.p + piece.first;
+  float* __restrict mu = static_cast<float*>(piece.mu) + piece.first;
+  float* __restrict nu = static_cast<float*>(piece.nu) + piece.first;
+  const float* __restrict g = piece.g + piece.first;
+  for (int64_t i = 0; i < piece.size; ++i) p[i] -= g[i], mu[i] -= g[i], nu[i] -= g[i];
+}
+
+void Copy(const Piece& piece, const Scalars&, int32_t) {
+  std::memcpy(piece.p + piece.first, piece.g + piece.first, piece.size * sizeof(float));
+}
+
+using Kernel = void (*)(const Piece&, const Scalars&, int32_t);
+
+// The kernels, by the attribute `kernel`.
+constexpr Kernel kKernels[] = {Step<Wide>, Step<BFloat16>, Step<Logarithmic>, Touch, Copy};
+constexpr int64_t kBytes[] = {4, 2, 1, 4, 4};  // of one moment
+
+// Work that any thread may take from. The caller takes too, so it ends even if no other thread of
+// the pool is free; a thread that comes late finds nothing, and keeps this alive while it looks.
+struct Work {
+  std::vector<Piece> pieces;
+  Scalars scalars;
+  int32_t count;
+  Kernel kernel;
+  std::atomic<size_t> next{0};
+  std::mutex mutex;
+  std::condition_variable done;
+  size_t finished = 0;
+
+  void Take() {
+    size_t mine = 0;
+    for (size_t i; (i = next.fetch_add(1)) < pieces.size(); ++mine) {
+      kernel(pieces[i], scalars, count);
+    }
+    if (mine == 0) return;
+    std::lock_guard lock(mutex);
+    finished += mine;
+    if (finished == pieces.size()) done.notify_all();
+  }
+};
+
+// Operands: scalars (float32[8]), count (int32), then p, mu and nu of all leaves, which the results
+// alias, then g of all leaves.
+ffi::Error OnePass(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                   int64_t kernel, int64_t first_leaf) {
+  const size_t leaves = rets.size() / 3;
+  if (rets.size() != 3 * leaves || args.size() != 2 + 4 * leaves) {
+    return ffi::Error::InvalidArgument("scalars, count, and p, mu, nu, g of each leaf");
+  }
+  auto work = std::make_shared<Work>();
+  work->kernel = kKernels[kernel];
+  std::memcpy(&work->scalars, args.get<ffi::AnyBuffer>(0)->untyped_data(), sizeof(Scalars));
+  std::memcpy(&work->count, args.get<ffi::AnyBuffer>(1)->untyped_data(), sizeof(int32_t));
+  for (size_t leaf = 0; leaf < leaves; ++leaf) {
+    const int64_t size = args.get<ffi::AnyBuffer>(2 + leaf)->element_count();
+    void* out[3];
+    for (size_t k = 0; k < 3; ++k) {
+      auto from = *args.get<ffi::AnyBuffer>(2 + k * leaves + leaf);
+      out[k] = (*rets.get<ffi::AnyBuffer>(k * leaves + leaf))->untyped_data();
+      // XLA copies what is not donated, and the result is then a buffer of its own.
+      if (out[k] != from.untyped_data()) {
+        std::memcpy(out[k], from.untyped_data(), size * (k == 0 ? 4 : kBytes[kernel]));
+      }
+    }
+    auto* g = static_cast<const float*>(args.get<ffi::AnyBuffer>(2 + 3 * leaves + leaf)
+                                            ->untyped_data());
+    for (int64_t first = 0; first < size; first += kTask) {
+      work->pieces.push_back({static_cast<float*>(out[0]), out[1], out[2], g, first,
+                              std::min(kTask, size - first),
+                              static_cast<uint32_t>(first_leaf + leaf)});
+    }
+  }
+  const int64_t helpers =
+      std::min<int64_t>(pool.num_threads(), static_cast<int64_t>(work->pieces.size())) - 1;
+  for (int64_t i = 0; i < helpers; ++i) {
+    pool.Schedule([work] { work->Take(); });
+  }
+  work->Take();
+  std::unique_lock lock(work->mutex);
+  work->done.wait(lock, [&] { return work->finished == work->pieces.size(); });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(adamaxw_one_pass, OnePass,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<int64_t>("kernel")
+                                  .Attr<int64_t>("first_leaf"));
