@@ -21,7 +21,7 @@ check: .venv/.installed
 lowest: .venv-lowest/.installed
 	.venv-lowest/bin/python -m pytest -n auto tests src --ignore-glob='*test_example_*'
 
-# Speed beside the peers: about 25 minutes on two cores; writes benchmarks/results, docs/benchmarks.md.
+# Speed beside the peers: half an hour or more on two cores; rewrites docs/benchmarks.md.
 bench: .venv/.bench
 	@$(BIN)/python -c 'import torch, pytorch_optimizer' 2>/dev/null || { \
 	  echo 'Without the peers of PyTorch: they are skipped. To have them:'; \

@@ -160,6 +160,9 @@ def test_a_schedule_outside_jit_sees_the_count():
     np.testing.assert_allclose(second, -0.2, rtol=1e-6)
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="XLA of that time makes a float32 temporary for bfloat16"
+)
 @pytest.mark.parametrize(
     ("moment_dtype", "temporaries"), [(None, 0), ("bfloat16", 0), ("uint8", 1)]
 )
