@@ -6,7 +6,6 @@ contender in the same round: the machine's other load falls on all.
 
 import argparse
 import gc
-import json
 import os
 import subprocess
 import sys
@@ -20,6 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+# The trees are those of the other benchmarks.
+sys.path.append(str(Path(__file__).parents[1]))
+import trees
 
 # Where the kernel puts the arrays of a process is luck too: processes start anew several times.
 STARTS = {"8M": 3, "gpt2-small": 2}
@@ -44,11 +47,8 @@ class Contender:
 
 
 def shapes(tree: str) -> list[tuple[int, ...]]:
-    """Shapes of the leaves: "8M", one leaf of 8 million, or a name in parameter_trees.json."""
-    if tree == "8M":
-        return [(8_000_000,)]
-    text = (Path(__file__).parents[1] / "parameter_trees.json").read_text()
-    return [tuple(shape) for shape, times in json.loads(text)[tree]["shapes"] for _ in range(times)]
+    """Shapes of the leaves: "8M", one leaf of 8 million, or a name that `trees.shapes` knows."""
+    return list(trees.shapes(f"{trees.LEAF}8e6" if tree == "8M" else tree).values())
 
 
 def arrays(shapes: Sequence[tuple[int, ...]], seed: int) -> list[jax.Array]:
