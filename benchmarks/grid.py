@@ -39,23 +39,25 @@ class Power(_formats.Logarithmic):
 
     power: float = 2.0
 
-    def _compress(self, square: jax.Array, chance: jax.Array) -> jax.Array:
-        ratio = square / 127**2
+    def _compress(self, square: jax.Array, noise: Any) -> jax.Array:
+        ratio = jnp.minimum(jnp.abs(square) / 127**2, 1.0)
         below = jnp.floor(127 * ratio ** (1 / self.power))
         low, high = (below / 127) ** self.power, ((below + 1) / 127) ** self.power
-        return jnp.minimum(below + (chance * (high - low) < ratio - low), 127.0)
+        chance = (noise.astype(jnp.float32) + 0.5) * 2.0**-16
+        code = jnp.minimum(below + (chance * (high - low) < ratio - low), 127.0)
+        return jnp.copysign(code, square).astype(jnp.int32)
 
-    def _expand(self, mu: jax.Array) -> jax.Array:
+    def _square(self, mu: jax.Array) -> jax.Array:
         q = mu.astype(jnp.float32)
-        return jnp.sign(super()._expand(mu)) * jnp.abs(q / 127) ** self.power * 127**2
+        return jnp.sign(q) * jnp.abs(q / 127) ** self.power * 127**2
 
 
 @dataclass(frozen=True)
 class ToNearest(_formats.Logarithmic):
     """The format that ships, without chance."""
 
-    def _compress(self, square: jax.Array, chance: jax.Array) -> jax.Array:
-        return super()._compress(square, jnp.full_like(chance, 0.5))
+    def _compress(self, square: jax.Array, noise: Any) -> jax.Array:
+        return super()._compress(square, jnp.full_like(noise, _formats.TO_NEAREST))
 
 
 def formats() -> dict[str, _formats.Format]:

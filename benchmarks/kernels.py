@@ -41,10 +41,7 @@ def loops(
         drawn = noise
         if what == "all":
             drawn, _ = _rounding.noise(count, 3, shape)
-        m, u = fmt.decode(mu, nu, scale, jnp.float32)
-        clipped = fmt.clip(g, scale)
-        m, u = _rule.next_moments(clipped, m, u, b1=0.9, b2=0.999, eps=1e-8)
-        mu, nu = fmt.encode(m, u, scale, drawn)
+        mu, nu = fmt.step(g, (mu, nu), (scale, scale), drawn, b1=0.9, b2=0.999, eps=1e-8)
         if what == "norm alone":
             return nu
         ratio = fmt.ratio(mu, nu, scale, jnp.float32)

@@ -23,12 +23,12 @@ def traces(monkeypatch):
     jax.clear_caches()
     shapes = []
 
-    def next_moments(g, *args, **kwargs):
-        shapes.append(g.shape)
-        return original(g, *args, **kwargs)
+    def next_step(ratio, *args, **kwargs):
+        shapes.append(ratio.shape)
+        return original(ratio, *args, **kwargs)
 
-    original = _rule.next_moments
-    monkeypatch.setattr(_optimizer, "next_moments", next_moments)
+    original = _rule.next_step
+    monkeypatch.setattr(_optimizer, "next_step", next_step)
     yield shapes
     jax.clear_caches()
 
@@ -163,14 +163,9 @@ def test_a_schedule_outside_jit_sees_the_count():
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 10), reason="XLA of that time makes a float32 temporary for bfloat16"
 )
-@pytest.mark.parametrize(
-    ("moment_dtype", "temporaries"), [(None, 0), ("bfloat16", 0), ("uint8", 1)]
-)
-def test_temporaries_of_the_compiled_step(moment_dtype, temporaries):
-    """Donated float32 parameters and their moments are updated where they are.
-
-    In bytes a parameter: one for uint8, the old codes of the norm, which two loops read.
-    """
+@pytest.mark.parametrize("moment_dtype", _FORMATS)
+def test_the_compiled_step_has_no_temporaries(moment_dtype):
+    """Donated float32 parameters and their moments are updated where they are."""
     params = jnp.zeros((256, 1000))
     opt = adamaxw.adamaxw(1e-3, moment_dtype=moment_dtype)
 
@@ -180,5 +175,4 @@ def test_temporaries_of_the_compiled_step(moment_dtype, temporaries):
         return optax.apply_updates(params, updates), state
 
     compiled = step.lower(params, opt.init(params), params).compile()
-    found = compiled.memory_analysis().temp_size_in_bytes / params.size
-    assert found <= temporaries + 0.01
+    assert compiled.memory_analysis().temp_size_in_bytes / params.size < 0.01

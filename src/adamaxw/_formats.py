@@ -12,6 +12,7 @@ import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any, ClassVar, Protocol
 
 import jax
@@ -20,15 +21,14 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+from adamaxw._rule import Scalar, cast, next_first_moment, next_moments, shrink
+
 # Noise for `encode` that rounds to the nearest: half of the range of 16 bits.
 TO_NEAREST = np.uint32(2**15)
 
 
 class Format(Protocol):
     """A way to store moments. All methods but `rescale` work on one leaf, element by element.
-
-    `encode` and `decode` are best compiled functions of their own: then they are traced once for
-    all leaves of a shape.
 
     Before the first step a state holds zeros of `dtypes` and the scale `rescale(eps, eps)`.
 
@@ -60,10 +60,6 @@ class Format(Protocol):
         """
         ...
 
-    def clip(self, g: jax.Array, scale: jax.Array | None) -> jax.Array:
-        """A gradient no larger than the norms that can be stored with a scale; not if infinite."""
-        ...
-
     def encode(
         self, m: jax.Array, u: jax.Array, scale: jax.Array | None, noise: Any
     ) -> tuple[jax.Array, jax.Array]:
@@ -82,6 +78,52 @@ class Format(Protocol):
     def ratio(self, mu: jax.Array, nu: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array:
         """The first of the two over the second."""
         ...
+
+    def step(
+        self,
+        g: jax.Array,
+        stored: tuple[jax.Array, jax.Array],
+        scales: tuple[Any, Any],
+        noise: Any,
+        *,
+        b1: Scalar,
+        b2: Scalar,
+        eps: Scalar,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The moments after a gradient: decoded, those of `_rule.next_moments`, and encoded.
+
+        Args:
+            g: gradient, in the dtype of the arithmetic.
+            stored: `mu` and `nu`.
+            scales: the scale they are stored with, and the one to encode with.
+            noise: as in `encode`.
+            b1: as in `_rule.next_moments`.
+            b2: as in `_rule.next_moments`.
+            eps: as in `_rule.next_moments`.
+
+        Returns:
+            The new `mu` and `nu`.
+        """
+        ...
+
+
+def _step_decoded(
+    self: Format,
+    g: jax.Array,
+    stored: tuple[jax.Array, jax.Array],
+    scales: tuple[Any, Any],
+    noise: Any,
+    *,
+    b1: Scalar,
+    b2: Scalar,
+    eps: Scalar,
+) -> tuple[jax.Array, jax.Array]:
+    """See `Format.step`."""
+    dtype = jnp.float64 if jnp.finfo(g.dtype).bits == 64 else jnp.float32
+    m, u = self.decode(*stored, scales[0], dtype)
+    b1, b2, eps = cast(b1, m.dtype), cast(b2, u.dtype), cast(eps, u.dtype)
+    m, u = next_moments(g.astype(m.dtype), m, u, b1=b1, b2=b2, eps=eps)
+    return self.encode(m, u, scales[1], noise)
 
 
 @dataclass(frozen=True)
@@ -105,11 +147,6 @@ class Wide:
         """See `Format`."""
         del scale, eps
 
-    def clip(self, g: jax.Array, scale: jax.Array | None) -> jax.Array:
-        """See `Format`."""
-        del scale
-        return g
-
     def encode(
         self, m: jax.Array, u: jax.Array, scale: jax.Array | None, noise: Any
     ) -> tuple[jax.Array, jax.Array]:
@@ -128,6 +165,8 @@ class Wide:
         """See `Format`."""
         del scale, dtype
         return mu / nu.astype(mu.dtype)
+
+    step = _step_decoded
 
 
 @dataclass(frozen=True)
@@ -155,11 +194,6 @@ class BFloat16:
         fraction = jnp.where(fraction == 0.5, 1.0, fraction)
         return jnp.where((fraction > 0) & jnp.isfinite(scale), fraction, 1.0)
 
-    def clip(self, g: jax.Array, scale: jax.Array | None) -> jax.Array:
-        """See `Format`: norms up to 2^126, whatever the scale."""
-        del scale
-        return g
-
     @partial(jax.jit, static_argnums=0)
     def encode(
         self, m: jax.Array, u: jax.Array, scale: Any, noise: Any
@@ -181,6 +215,8 @@ class BFloat16:
         """See `Format`."""
         m, u = self.decode(mu, nu, scale, dtype)
         return m / u
+
+    step = _step_decoded
 
 
 @dataclass(frozen=True)
@@ -215,13 +251,6 @@ class Logarithmic:
         return jnp.where((scale > 0) & (moved > 0) & (moved < jnp.inf), moved, eps)
 
     @partial(jax.jit, static_argnums=0)
-    def clip(self, g: jax.Array, scale: Any) -> jax.Array:
-        """See `Format`."""
-        largest = (scale * np.float32(2 ** (255 / self.levels))).astype(g.dtype)
-        size = jnp.abs(g)
-        return jnp.where((size > largest) & (size < jnp.inf), jnp.copysign(largest, g), g)
-
-    @partial(jax.jit, static_argnums=0)
     def encode(
         self, m: jax.Array, u: jax.Array, scale: Any, noise: Any
     ) -> tuple[jax.Array, jax.Array]:
@@ -229,52 +258,102 @@ class Logarithmic:
         if m.dtype == jnp.float64:
             m, u = (_clip_finite(x, 2.0**126) for x in (m, u))
         m, u = m.astype(jnp.float32), u.astype(jnp.float32)
-        # The last operations on both are selections between codes: see `benchmarks/NOTES.md`.
-        level = _log2(u, self.levels, -self.levels * jnp.log2(scale))
-        code = _round_to_int(jnp.where(level > 0, level, 0.0)).astype(jnp.uint8)
-        nu = jnp.where(level < 255, code, np.uint8(255))
-        square = jnp.abs(m) * self._power(nu, -1) * (np.float32(127**2 / self.peak) / scale)
-        chance = jnp.asarray(noise, jnp.int32).astype(jnp.float32) * 2.0**-16 + 2.0**-17
-        magnitude = self._compress(jnp.where(square < 127.0**2, square, 127.0**2), chance)
-        code = _round_to_int(_with_sign_of(m, magnitude)).astype(jnp.int8)
-        return jnp.where(jnp.abs(m) < jnp.inf, code, np.int8(-128)), nu
+        nu = jnp.clip(self._level(u, scale), 0, 255).astype(jnp.uint8)
+        ratio = m / (jnp.exp2(nu.astype(jnp.float32) / self.levels) * scale)
+        mu = self._compress(ratio * np.float32(127**2 / self.peak), noise)
+        return jnp.where(jnp.isfinite(m), mu, -128).astype(jnp.int8), nu
 
     @partial(jax.jit, static_argnums=(0, 4))
     def decode(
         self, mu: jax.Array, nu: jax.Array, scale: Any, dtype: Any
     ) -> tuple[jax.Array, jax.Array]:
         """See `Format`."""
-        power = self._power(nu)
-        m = self._expand(mu) * (np.float32(self.peak / 127**2) * scale) * power
-        return m.astype(dtype), (power * scale).astype(dtype)
+        u = (jnp.exp2(nu.astype(jnp.float32) / self.levels) * scale).astype(dtype)
+        return self.ratio(mu, nu, scale, dtype) * u, u
 
     @partial(jax.jit, static_argnums=(0, 4))
     def ratio(self, mu: jax.Array, nu: jax.Array, scale: Any, dtype: Any) -> jax.Array:
         """See `Format`."""
         del nu, scale
-        return (self._expand(mu) * np.float32(self.peak / 127**2)).astype(dtype)
+        square = jnp.where(mu == -128, jnp.nan, self._square(mu))
+        return (square * np.float32(self.peak / 127**2)).astype(dtype)
 
-    def _compress(self, square: jax.Array, chance: jax.Array) -> jax.Array:
-        """An integer whose square has the mean `square` >= 0, over chances uniform in (0, 1)."""
-        below = jnp.floor(jnp.sqrt(square))
-        # The squares to both sides are 2 below + 1 apart.
-        is_above = chance * (2 * below + 1) < square - below * below
-        return below + jnp.where(is_above, 1.0, 0.0)
+    def step(
+        self,
+        g: jax.Array,
+        stored: tuple[jax.Array, jax.Array],
+        scales: tuple[Any, Any],
+        noise: Any,
+        *,
+        b1: Scalar,
+        b2: Scalar,
+        eps: Scalar,
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `Format`. It neither decodes nor encodes: codes of norms are added and compared.
 
-    def _expand(self, mu: jax.Array) -> jax.Array:
-        """`q |q|` of a code of the first moment; NaN for -128."""
+        A gradient above the range of norms counts as the largest in range.
+        """
+        (mu, nu), (scale, new_scale) = stored, scales
+        b1, b2, eps = (cast(x, jnp.float32) for x in (b1, b2, eps))
+        if g.dtype == jnp.float64:
+            g = _clip_finite(g, 2.0**126)
+        g = g.astype(jnp.float32)
+        # The scale rises by whole steps against the decay, so all codes fall by their number; they
+        # rise where eps is lowered.
+        fall = jnp.round(self.levels * jnp.log2(new_scale / shrink(b2, scale)))
+        fall = jnp.clip(fall.astype(jnp.int32), -255, 255)
+        fallen = nu.astype(jnp.int32) - fall
+        level = self._level(jnp.abs(g) + eps, new_scale)
+        risen = jnp.minimum(jnp.maximum(level, jnp.maximum(fallen, 0)), 255)
+
+        # The first moment: in the unit of the fallen norm and of squared codes; then in the risen.
+        decayed = new_scale * jnp.exp2(-fall.astype(jnp.float32) / self.levels)
+        old = self._square(mu) * (scale / decayed)
+        largest = new_scale * np.float32(2 ** (255 / self.levels))
+        clipped = jnp.where(g > largest, largest, jnp.where(g < -largest, -largest, g))
+        unit = self._power(-fallen) * (np.float32(127**2 / self.peak) / new_scale)
+        m = next_first_moment(clipped * unit, old, b1) * self._power(fallen - risen)
+        is_finite = jnp.abs(g) < jnp.where(jnp.isfinite(scale), jnp.inf, 0.0)
+        code = jnp.where(is_finite, self._compress(m, noise), -128)
+        new_mu = jnp.where(mu == -128, mu, code.astype(jnp.int8))
+
+        # `risen` as a code, said in other words: a compiler that takes a loop for each result shall
+        # compute it twice, not store it. It comes after `mu`, which reads the old one, so that it
+        # may be written in its place. See `benchmarks/NOTES.md`.
+        new_nu = jnp.clip(jnp.maximum(level, fallen), 0, 255).astype(nu.dtype)
+        return new_mu, jnp.where(new_mu == -128, np.asarray(255, nu.dtype), new_nu)
+
+    def _level(self, u: jax.Array, scale: Any) -> jax.Array:
+        """The nearest level to a norm, int32; beyond the range too."""
+        return _round_to_int(_log2(u, self.levels, -self.levels * jnp.log2(scale)))
+
+    def _square(self, mu: jax.Array) -> jax.Array:
+        """`q |q|` of a code of the first moment."""
         q = mu.astype(jnp.float32)
-        return jnp.where(mu == -128, jnp.nan, q * jnp.abs(q))
+        return q * jnp.abs(q)
 
-    def _power(self, code: jax.Array, sign: int = 1) -> jax.Array:
-        """`2^(code / levels)`, or its reciprocal, to 7e-6."""
-        # As the bits of a float32: its exponent, and 2^fraction with straight lines between.
-        exact = 2**23 / self.levels
-        step = round(exact)
-        # An integer, so that it is a little off; here half of what the last code lacks.
-        middle = round((exact - step) * 255 / 2)
-        at_zero = np.int32(sign * middle) + _ONE
-        return _exp2_of_linear(code.astype(jnp.int32) * np.int32(sign * step) + at_zero)
+    def _compress(self, square: jax.Array, noise: Any) -> jax.Array:
+        """A code q, int32, for which the mean of `q |q|` over all noise is `square`, or +-127.
+
+        With `x = |square|` and c uniform in (0, 1), let q be the integer above `sqrt(x - c (1 - c))
+        - c`, or 0. For b^2 <= x < (b + 1)^2 it is b + 1 where `c (2 b + 1) < x - b^2`, else b: the
+        mean of q^2 is x.
+        """
+        size = jnp.abs(square)
+        size = jnp.where(size < 127.0**2, size, 127.0**2)
+        # 1/2 - c
+        d = jnp.asarray(noise, jnp.int32).astype(jnp.float32) * -(2.0**-16) + (0.5 - 2.0**-17)
+        lower = size + (d * d - 0.25)
+        root = jnp.sqrt(jnp.where(lower > 0, lower, 0.0))
+        return _round_to_int(_with_sign_of(square, root + d))
+
+    def _power(self, n: jax.Array) -> jax.Array:
+        """`2^(n / levels)` to 4e-5 (with 6 levels), exact for 0; n is int32, -700 to 255."""
+        # As the bits of a float32: its exponent, and 2^fraction with straight lines between. The
+        # step is an integer, hence too small, so that bits of whole octaves may lack up to 85.
+        bits = n * np.int32(2**23 // self.levels) + (_ONE + np.int32(96))
+        octave = lax.bitcast_convert_type(bits & _EXPONENT, jnp.float32)
+        return _polynomial(_EXP2, _mantissa(bits)) * octave
 
 
 WIDE = Wide()
@@ -342,11 +421,12 @@ def _clip_finite(x: jax.Array, limit: float) -> jax.Array:
     return jnp.where(jnp.isfinite(x), jnp.clip(x, -limit, limit), x)
 
 
-# 2^(z - 1) for 1 <= z <= 2, highest power first: relative error below 3e-6.
-_EXP2 = np.array([0.01353417, -0.00212521, 0.16661337, 0.31201604, 0.50996422], np.float32)
+# 2^(z - 1) for 1 <= z < 2, lowest power first: relative error below 4e-5 in sixths, and 1 comes out
+# where z - 1 is 96 units of 2^-23.
+_EXP2 = np.array([0.4630053, 0.45312125, 0.01027734, 0.07358816], np.float32)
 # log2(z) - (z - 1) for 1 <= z <= 2: error below 2e-5.
 _LOG2 = np.array(
-    [0.04487358, -0.41656352, 1.63114839, -3.55079254, 4.09171066, -1.80036403], np.float32
+    [-1.80036403, 4.09171066, -3.55079254, 1.63114839, -0.41656352, 0.04487358], np.float32
 )
 _MANTISSA = np.int32(2**23 - 1)
 _EXPONENT = np.int32(-(2**23))
@@ -355,19 +435,13 @@ _ONE = np.int32(127 << 23)
 _MAGIC = np.float32(3 * 2**22)
 
 
-def _exp2_of_linear(bits: jax.Array) -> jax.Array:
-    """`2^(e + z - 1)` of a float32 `2^e z`, 1 <= z < 2, given as its bits."""
-    octave = lax.bitcast_convert_type(bits & _EXPONENT, jnp.float32)
-    return _polynomial(_EXP2, _mantissa(bits)) * octave
-
-
 def _log2(x: jax.Array, times: int, plus: Any = 0.0) -> jax.Array:
     """`times log2(x) + plus` for positive float32; the log to 2e-5, for 0 -127, inf 128."""
     bits = lax.bitcast_convert_type(x, jnp.int32)
     # Exponent and mantissa read as one number: log2 with straight lines between powers of two.
     linear = (bits - _ONE).astype(jnp.float32) * np.float32(times * 2.0**-23)
-    *others, last = times * _LOG2
-    return linear + _polynomial([*others, last + plus], _mantissa(bits))
+    first, *others = times * _LOG2
+    return linear + _polynomial([first + plus, *others], _mantissa(bits))
 
 
 def _mantissa(bits: jax.Array) -> jax.Array:
@@ -375,11 +449,13 @@ def _mantissa(bits: jax.Array) -> jax.Array:
 
 
 def _polynomial(coefficients: Iterable[Any], x: jax.Array) -> jax.Array:
-    """Its value, highest power first; `jnp.polyval` begins with a product with zero."""
-    value, *others = coefficients
-    for coefficient in others:
-        value = value * x + coefficient
-    return jnp.asarray(value)
+    """Its value, lowest power first, by Estrin's scheme: fewer operations wait for each other."""
+    terms = list(coefficients)
+    while len(terms) > 1:
+        pairs = zip_longest(terms[::2], terms[1::2])
+        terms = [low if high is None else high * x + low for low, high in pairs]
+        x = x * x
+    return jnp.asarray(terms[0])
 
 
 def _with_sign_of(m: jax.Array, magnitude: jax.Array) -> jax.Array:

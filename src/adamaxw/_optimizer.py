@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from adamaxw import _formats, _hyperparameters, _leaves, _masking, _rounding
-from adamaxw._rule import Scalar, bias_correction, next_moments, next_step, shrink
+from adamaxw._rule import Scalar, bias_correction, cast, next_step, shrink
 
 
 class AdamaxState(NamedTuple):
@@ -323,7 +323,7 @@ def _step(leaves: dict[int, _leaves.Leaf], step: _Step) -> tuple[jax.Array, Any,
     rate = step.lr / bias_correction(b1, count.astype(jnp.result_type(float)))
     scale = step.nu_scale
     if scale is not None:
-        shrunk = shrink(_cast(b2, jnp.float32), scale)
+        shrunk = shrink(cast(b2, jnp.float32), scale)
         scale = step.fmt.rescale(shrunk, jnp.asarray(eps, jnp.float32))
     indices = [None] * len(leaves)
     if any(step.fmt.is_noisy or leaf.rounding.is_noisy for leaf in leaves.values()):
@@ -354,11 +354,8 @@ def _step_leaf(
 
     dtype = jnp.float64 if jnp.finfo(g.dtype).bits == 64 else jnp.float32
     b1, b2, eps = step.constants
-    m, u = fmt.decode(leaf.mu, leaf.nu, step.nu_scale, dtype)
-    b1, b2, eps = _cast(b1, m.dtype), _cast(b2, u.dtype), _cast(eps, u.dtype)
-    g = fmt.clip(g.astype(m.dtype), new_scale)
-    m, u = next_moments(g, m, u, b1=b1, b2=b2, eps=eps)
-    mu, nu = fmt.encode(m, u, new_scale, noise)
+    stored, scales = (leaf.mu, leaf.nu), (step.nu_scale, new_scale)
+    mu, nu = fmt.step(g, stored, scales, noise, b1=b1, b2=b2, eps=eps)
 
     # Of the stored moments: a compiler that takes a loop for each result then shares their work.
     ratio = fmt.ratio(mu, nu, new_scale, dtype)
@@ -366,8 +363,8 @@ def _step_leaf(
     update = next_step(
         ratio,
         value if leaf.decays else None,
-        rate=_cast(rate, ratio.dtype),
-        decay=_cast(step.decay, ratio.dtype),
+        rate=cast(rate, ratio.dtype),
+        decay=cast(step.decay, ratio.dtype),
     )
     update, residual = rounding.write(update, value, p, leaf.residual, other_noise, leaf.g.dtype)
     return update, mu, nu, residual
@@ -377,7 +374,3 @@ def _unchanged(leaf: _leaves.Leaf) -> tuple[Any, Any, Any, Any]:
     """What `_step` would return for a leaf that does not train."""
     update = None if leaf.g is None else jnp.zeros_like(leaf.mu)
     return update, leaf.mu, leaf.nu, leaf.residual
-
-
-def _cast(scalar: Scalar, dtype: Any) -> Scalar:
-    return scalar.astype(dtype) if isinstance(scalar, jax.Array) else scalar

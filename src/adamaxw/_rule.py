@@ -1,5 +1,7 @@
 """The AdamaxW recurrence on one array: the only place where the formula stands."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,9 +37,13 @@ def next_moments(
     Returns:
         The two new moments, in their dtypes.
     """
+    return next_first_moment(g, m, b1), jnp.maximum(shrink(b2, u), jnp.abs(g) + eps)
+
+
+def next_first_moment(g: jax.Array, m: jax.Array, b1: Scalar) -> jax.Array:
+    """The first line alone. It holds in any unit that `g` and `m` have in common."""
     # The gradient first, as in Optax: a compiler that fuses the sum then rounds the same product.
-    m = (1 - b1) * g + shrink(b1, m)
-    return m, jnp.maximum(shrink(b2, u), jnp.abs(g) + eps)
+    return (1 - b1) * g + shrink(b1, m)
 
 
 def next_step(ratio: jax.Array, p: jax.Array | None, *, rate: Scalar, decay: Scalar) -> jax.Array:
@@ -73,3 +79,8 @@ def shrink(b: Scalar, x: jax.Array) -> jax.Array:
     off by far less. Below 1/2 the difference would cancel, and b itself is as exact.
     """
     return x - (1 - b) * x if isinstance(b, float) and b >= 0.5 else b * x
+
+
+def cast(scalar: Scalar, dtype: Any) -> Scalar:
+    """An array in a dtype; a Python float as it is."""
+    return scalar.astype(dtype) if isinstance(scalar, jax.Array) else scalar
