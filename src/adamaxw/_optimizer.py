@@ -1,12 +1,15 @@
 """The gradient transformations: hyperparameters and trees; the formula is in `_rule`."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from adamaxw import _formats, _hyperparameters, _leaves, _masking, _rounding
 from adamaxw._rule import Scalar, bias_correction, cast, next_step, shrink
@@ -199,6 +202,9 @@ def _transformation(
     fmt = _formats.named(moment_dtype)
     eps = _hyperparameters.checked("eps", eps)
     _formats.check_eps(fmt, eps)
+    constants, numbers = _Constants(b1, b2, eps), None
+    if all(isinstance(x, float) for x in constants):
+        constants, numbers = None, constants
     rounding = _rounding.named(param_rounding)
 
     def init(params: optax.Params) -> Any:
@@ -229,22 +235,22 @@ def _transformation(
             raise ValueError(f"{why} the params: call update(gradients, state, params)")
         else:
             decays = decay is not None and _masking.resolve_mask(mask, params)
-        moments = state.mu, state.nu, state.residual
-        treedef, leaves = _leaves.side_by_side(updates, moments, params, decays, fmt, rounding)
-
         lr = _hyperparameters.at("learning_rate", learning_rate, state.count)
         wd = 0.0 if decay is None else decay(lr, state.count)
-        at_step = _Step(state.count, state.nu_scale, lr, wd, _Constants(b1, b2, eps), fmt)
-        trained = {i: leaf for i, leaf in enumerate(leaves) if leaf.rounding is not None}
-        # Without jit: one call for all leaves, if one device or mesh can make it.
-        step = _step_in_one_call if _leaves.lie_together((updates, state, params)) else _step
-        count, scale, stepped = step(trained, at_step)
-
-        rows = [stepped.get(i) or _unchanged(leaf) for i, leaf in enumerate(leaves)]
-        columns = zip(*rows, strict=True) if rows else ([], [], [], [])
-        updates, mu, nu, residual = (treedef.unflatten(column) for column in columns)
-        residual = None if state.residual is None else residual
-        return updates, AdamaxState(count, mu, nu, scale, residual)
+        settings = _Settings(fmt, rounding, numbers, _Mask.of(decays))
+        # Without jit: one compiled call for the tree. It takes all that it is given to one place,
+        # so it is not given leaves without a gradient, which may belong elsewhere.
+        trains_all = jax.tree.structure(updates) == jax.tree.structure(state.mu)
+        if trains_all and not isinstance(state.count, Tracer):
+            try:
+                wide = jnp.result_type(float)
+                scalars = (_on_device(x, wide) if isinstance(x, float) else x for x in (lr, wd))
+                return _update_in_one_call(updates, state, params, *scalars, constants, settings)
+            except (TypeError, ValueError):
+                # Leaves of several devices or meshes, which only a call for each can take, or wrong
+                # ones, on which the errors of jit say less than ours.
+                pass
+        return _update(updates, state, params, lr, wd, constants, settings)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -266,6 +272,13 @@ def _check(state: Any, fmt: _formats.Format) -> None:
             f"{_leaves.describe(scale)}. A state made with another moment_dtype is converted by "
             "adamaxw.moments.pack(adamaxw.moments.unpack(state), moment_dtype)"
         )
+
+
+@functools.lru_cache(maxsize=64)
+def _on_device(x: float, dtype: Any) -> jax.Array:
+    """A number as compiled code takes it. Converting two takes half the time of a small step."""
+    with jax.ensure_compile_time_eval():
+        return jnp.asarray(x, dtype)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -290,6 +303,38 @@ class _Constants(NamedTuple):
         return cls(*(x if y is None else y for x, y in zip(arrays, numbers, strict=True)))
 
 
+class _Mask(NamedTuple):
+    """A tree of booleans as what can be hashed."""
+
+    treedef: Any
+    leaves: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, tree: Any) -> "_Mask":
+        """The tree is that of `tree()`."""
+        leaves, treedef = jax.tree.flatten(tree)
+        return cls(treedef, tuple(leaves))
+
+    def __call__(self) -> Any:
+        return self.treedef.unflatten(self.leaves)
+
+
+class _Settings(NamedTuple):
+    """What is known when the update is compiled.
+
+    Attributes:
+        fmt: how moments are stored.
+        rounding: how parameters are rounded.
+        numbers: the constants, where none is an array.
+        decays: which leaves decay.
+    """
+
+    fmt: _formats.Format
+    rounding: _rounding.ParamRounding
+    numbers: _Constants | None
+    decays: _Mask
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Step:
@@ -297,54 +342,76 @@ class _Step:
 
     Attributes:
         count: the number of updates done.
-        nu_scale: of the moments as they are stored.
-        lr: the learning rate.
+        scales: those of the moments as they are stored, and as they will be.
+        rate: `lr / (1 - b1^t)`.
         decay: by what part parameters decay.
         constants: the other hyperparameters.
         fmt: how moments are stored.
     """
 
     count: jax.Array
-    nu_scale: jax.Array | None
-    lr: Scalar
+    scales: tuple[jax.Array | None, jax.Array | None]
+    rate: jax.Array
     decay: Scalar
     constants: _Constants
     fmt: _formats.Format = field(metadata={"static": True})
 
 
-def _step(leaves: dict[int, _leaves.Leaf], step: _Step) -> tuple[jax.Array, Any, dict[int, Any]]:
-    """One step of all leaves that train, by their index in the tree.
+def _update(
+    updates: Any,
+    state: AdamaxState,
+    params: Any,
+    lr: Scalar,
+    decay: Scalar,
+    constants: Any,
+    settings: _Settings,
+) -> tuple[Any, AdamaxState]:
+    """One step of a tree.
 
-    Returns:
-        The new count and `nu_scale`, and `(update, mu, nu, residual)` for each leaf.
+    Args:
+        updates: as in `update`.
+        state: as in `update`.
+        params: as in `update`; None if they are not needed.
+        lr: the learning rate of this step.
+        decay: by what part parameters decay.
+        constants: the other hyperparameters; None where `settings` has them.
+        settings: see there.
     """
-    b1, b2, eps = step.constants
-    count = jnp.minimum(step.count, 2**31 - 2) + 1  # saturates, does not wrap
-    rate = step.lr / bias_correction(b1, count.astype(jnp.result_type(float)))
-    scale = step.nu_scale
+    fmt, rounding, _, decays = settings
+    moments = state.mu, state.nu, state.residual
+    treedef, leaves = _leaves.side_by_side(updates, moments, params, decays(), fmt, rounding)
+
+    constants = settings.numbers or constants
+    b1, b2, eps = constants
+    count = jnp.minimum(state.count, 2**31 - 2) + 1  # saturates, does not wrap
+    rate = lr / bias_correction(b1, count.astype(jnp.result_type(float)))
+    scale = state.nu_scale
     if scale is not None:
         shrunk = shrink(cast(b2, jnp.float32), scale)
-        scale = step.fmt.rescale(shrunk, jnp.asarray(eps, jnp.float32))
-    indices = [None] * len(leaves)
-    if any(step.fmt.is_noisy or leaf.rounding.is_noisy for leaf in leaves.values()):
-        indices = _rounding.leaf_indices(step.count, len(leaves))
-    stepped = {
-        i: _step_leaf(leaf, step, rate, scale, index)
-        for (i, leaf), index in zip(leaves.items(), indices, strict=True)
-    }
-    return count, scale, stepped
+        scale = fmt.rescale(shrunk, jnp.asarray(eps, jnp.float32))
+    step = _Step(state.count, (state.nu_scale, scale), rate, decay, constants, fmt)
+
+    trained = [leaf for leaf in leaves if leaf.rounding is not None]
+    if any(fmt.is_noisy or leaf.rounding.is_noisy for leaf in trained):
+        indices = iter(_rounding.leaf_indices(state.count, len(trained)))
+    else:
+        indices = repeat(None)
+    rows = [
+        _unchanged(leaf) if leaf.rounding is None else _step_leaf(leaf, step, next(indices))
+        for leaf in leaves
+    ]
+    columns = zip(*rows, strict=True) if rows else ([], [], [], [])
+    updates, mu, nu, residual = (treedef.unflatten(column) for column in columns)
+    residual = None if state.residual is None else residual
+    return updates, AdamaxState(count, mu, nu, scale, residual)
 
 
-_step_in_one_call = jax.jit(_step)
+_update_in_one_call = jax.jit(_update, static_argnames="settings")
 
 
 @jax.jit  # Traced once for all leaves of a shape.
 def _step_leaf(
-    leaf: _leaves.Leaf,
-    step: _Step,
-    rate: jax.Array,
-    new_scale: jax.Array | None,
-    index: jax.Array | None,
+    leaf: _leaves.Leaf, step: _Step, index: jax.Array | None
 ) -> tuple[Any, Any, Any, Any]:
     """Applies the rule to one leaf; returns `(update, mu, nu, residual)`."""
     g, p, fmt, rounding = leaf.g, leaf.p, step.fmt, leaf.rounding
@@ -354,16 +421,15 @@ def _step_leaf(
 
     dtype = jnp.float64 if jnp.finfo(g.dtype).bits == 64 else jnp.float32
     b1, b2, eps = step.constants
-    stored, scales = (leaf.mu, leaf.nu), (step.nu_scale, new_scale)
-    mu, nu = fmt.step(g, stored, scales, noise, b1=b1, b2=b2, eps=eps)
+    mu, nu = fmt.step(g, (leaf.mu, leaf.nu), step.scales, noise, b1=b1, b2=b2, eps=eps)
 
     # Of the stored moments: a compiler that takes a loop for each result then shares their work.
-    ratio = fmt.ratio(mu, nu, new_scale, dtype)
+    ratio = fmt.ratio(mu, nu, step.scales[1], dtype)
     value = None if p is None else rounding.read(p, leaf.residual, ratio.dtype)
     update = next_step(
         ratio,
         value if leaf.decays else None,
-        rate=cast(rate, ratio.dtype),
+        rate=cast(step.rate, ratio.dtype),
         decay=cast(step.decay, ratio.dtype),
     )
     update, residual = rounding.write(update, value, p, leaf.residual, other_noise, leaf.g.dtype)
@@ -371,6 +437,6 @@ def _step_leaf(
 
 
 def _unchanged(leaf: _leaves.Leaf) -> tuple[Any, Any, Any, Any]:
-    """What `_step` would return for a leaf that does not train."""
+    """What `_step_leaf` would return for a leaf that does not train."""
     update = None if leaf.g is None else jnp.zeros_like(leaf.mu)
     return update, leaf.mu, leaf.nu, leaf.residual

@@ -137,7 +137,7 @@ class Exact:
         return upper.astype(jnp.float32) - p, residual
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ParamRounding:
     """What a user's `param_rounding` stands for.
 
