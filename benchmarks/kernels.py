@@ -42,8 +42,6 @@ def loops(
         if what == "all":
             drawn, _ = _rounding.noise(count, 3, shape)
         mu, nu = fmt.step(g, (mu, nu), (scale, scale), drawn, b1=0.9, b2=0.999, eps=1e-8)
-        if what == "norm alone":
-            return nu
         ratio = fmt.ratio(mu, nu, scale, jnp.float32)
         rate = jnp.float32(1e-3) / _rule.bias_correction(0.9, count.astype(jnp.float32))
         return mu, nu, p + _rule.next_step(ratio, p, rate=rate, decay=1e-7)
@@ -51,7 +49,7 @@ def loops(
     arguments = g, mu, nu, p, count
     return {
         what: (jax.jit(functools.partial(step, what=what)), arguments)
-        for what in ("norm alone", "all but the noise", "all")
+        for what in ("all but the noise", "all")
     }
 
 
@@ -73,7 +71,7 @@ def main() -> None:
     shape = tuple(parser.parse_args().shape)
     nothing = least(jax.jit(jnp.negative), jnp.zeros(16))
     print(f"ns an element of a leaf of shape {shape}; {versions()}\n")
-    print("| moments | norm alone | all but the noise | all |\n|---|---|---|---|")
+    print("| moments | all but the noise | all |\n|---|---|---|")
     for fmt in _formats.FORMATS:
         seconds = [least(f, *args) - nothing for f, args in loops(fmt, shape).values()]
         cells = (f"{s / math.prod(shape) * 1e9:.2f}" for s in seconds)

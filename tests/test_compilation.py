@@ -9,7 +9,7 @@ import optax
 import pytest
 from equality import assert_equal
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from modes import apply_updates
+from modes import apply_updates, x64
 
 import adamaxw
 from adamaxw import _optimizer, _rule
@@ -88,6 +88,31 @@ def test_outside_jit_is_as_under_jit(moment_dtype, rounding):
         return p, state
 
     assert_equal(train(opt.update), train(jax.jit(opt.update)))
+
+
+@pytest.mark.parametrize("moment_dtype", ["bfloat16", "uint8"])
+def test_a_tree_of_many_leaves_goes_leaf_by_leaf(monkeypatch, moment_dtype):
+    """Bit for bit as in one call, and no compiled call has more than one of the leaves."""
+    params = _tree()
+    opt = adamaxw.adamaxw(1e-2, moment_dtype=moment_dtype)
+    state = opt.init(params)
+    expected = opt.update(params, state, params)
+    monkeypatch.setattr(_optimizer, "_MOST_LEAVES", len(params) - 1)
+    monkeypatch.setattr(_optimizer, "_update_in_one_call", None)
+    assert_equal(opt.update(params, state, params), expected)
+
+
+def test_numbers_have_the_precision_of_the_mode():
+    """Those that were brought to the device in 32 bits do not stay so in 64."""
+    lr = 0.1 + 1e-9
+    for _ in range(2):
+        updates, _ = adamaxw.adamax(lr).update(jnp.ones(1), adamaxw.adamax(lr).init(jnp.ones(1)))
+        np.testing.assert_allclose(updates, -lr, rtol=1e-6)
+        with x64():
+            params = jnp.ones(1, jnp.float64)
+            opt = adamaxw.adamax(lr)
+            updates, _ = opt.update(params, opt.init(params))
+            np.testing.assert_allclose(updates, -lr / (1 + 1e-8), rtol=1e-14)
 
 
 @pytest.mark.parametrize("moment_dtype", _FORMATS)

@@ -14,6 +14,10 @@ from jax.core import Tracer
 from adamaxw import _formats, _hyperparameters, _leaves, _masking, _rounding
 from adamaxw._rule import Scalar, bias_correction, cast, next_step, shrink
 
+# Outside jit, larger trees go leaf by leaf if their moments are rounded at random: XLA's time and
+# memory to compile grow with the square of the operations, to more than 23 GB for 2,566 leaves.
+_MOST_LEAVES = 500
+
 
 class AdamaxState(NamedTuple):
     """State of `adamaxw` and `adamax`; structure, shapes and dtypes stay as `init` made them.
@@ -240,8 +244,10 @@ def _transformation(
         settings = _Settings(fmt, rounding, numbers, _Mask.of(decays))
         # Without jit: one compiled call for the tree. It takes all that it is given to one place,
         # so it is not given leaves without a gradient, which may belong elsewhere.
-        trains_all = jax.tree.structure(updates) == jax.tree.structure(state.mu)
-        if trains_all and not isinstance(state.count, Tracer):
+        treedef = jax.tree.structure(updates)
+        trains_all = treedef == jax.tree.structure(state.mu)
+        compiles = treedef.num_leaves <= _MOST_LEAVES or not fmt.is_noisy
+        if trains_all and compiles and not isinstance(state.count, Tracer):
             try:
                 wide = jnp.result_type(float)
                 scalars = (_on_device(x, wide) if isinstance(x, float) else x for x in (lr, wd))
