@@ -115,6 +115,22 @@ def test_numbers_have_the_precision_of_the_mode():
             np.testing.assert_allclose(updates, -lr / (1 + 1e-8), rtol=1e-14)
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_numbers_belong_to_no_mesh(monkeypatch, axis_type):
+    """One call serves another device after a step under a mesh that was set, with the same rate."""
+    _optimizer._on_device.cache_clear()
+    mesh = Mesh(np.array(jax.devices()[:4]), "x", axis_types=(axis_type,))
+    opt = adamaxw.adamaxw(0.1)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(jnp.arange(8.0), NamedSharding(mesh, PartitionSpec("x")))
+        expected, _ = opt.update(params, opt.init(params), params)
+    monkeypatch.setattr(_optimizer, "_update", None)
+    params = jax.device_put(np.arange(8, dtype=np.float32), jax.devices()[5])
+    updates, _ = opt.update(params, opt.init(params), params)
+    assert updates.device == jax.devices()[5]
+    assert_equal(updates, expected)
+
+
 @pytest.mark.parametrize("moment_dtype", _FORMATS)
 def test_leaves_on_devices_of_their_own(moment_dtype):
     """No compiled call spans two devices, so outside jit each leaf has its own, where it lies."""

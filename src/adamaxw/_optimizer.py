@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 
@@ -284,7 +285,8 @@ def _check(state: Any, fmt: _formats.Format) -> None:
 def _on_device(x: float, dtype: Any) -> jax.Array:
     """A number as compiled code takes it. Converting two takes half the time of a small step."""
     with jax.ensure_compile_time_eval():
-        return jnp.asarray(x, dtype)
+        # Not jnp.asarray, which would tie it to the mesh that is set at the time.
+        return jax.device_put(np.asarray(x, dtype))
 
 
 @jax.tree_util.register_pytree_node_class
