@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
@@ -67,29 +68,15 @@ constexpr int32_t kMantissa = (1 << 23) - 1, kOne = 127 << 23;
 
 float Mantissa(int32_t bits) { return Bits<float>((bits & kMantissa) | kOne); }
 
-// 2^(e + z - 1) of a float32 2^e z, 1 <= z < 2, given as its bits.
-float Exp2OfLinear(int32_t bits) {
-  float z = Mantissa(bits);
-  float y = 0.01353417f;
-  y = y * z - 0.00212521f;
-  y = y * z + 0.16661337f;
-  y = y * z + 0.31201604f;
-  y = y * z + 0.50996422f;
-  return y * Bits<float>(bits & ~kMantissa);
-}
-
 // times log2(x) + plus.
 float Log2(float x, float times, float plus) {
   int32_t bits = Bits<int32_t>(x);
-  float z = Mantissa(bits);
+  float z = Mantissa(bits), zz = z * z;
   float linear = static_cast<float>(bits - kOne) * (times * 0x1p-23f);
-  float y = times * 0.04487358f;
-  y = y * z - times * 0.41656352f;
-  y = y * z + times * 1.63114839f;
-  y = y * z - times * 3.55079254f;
-  y = y * z + times * 4.09171066f;
-  y = y * z + (plus - times * 1.80036403f);
-  return linear + y;
+  float first = times * 4.09171066f * z + (plus - times * 1.80036403f);
+  float second = times * 1.63114839f * z - times * 3.55079254f;
+  float third = times * 0.04487358f * z - times * 0.41656352f;
+  return linear + (third * (zz * zz) + (second * zz + first));
 }
 
 float ClipFinite(float x) {
@@ -110,6 +97,11 @@ uint16_t NoisyBFloat16(float x, uint32_t noise) {
   return finite ? static_cast<uint16_t>(high) : NearestBFloat16(x);
 }
 
+void Next(float g, const Scalars& s, float& m, float& u) {
+  m = s.one_minus_b1 * g + (m - s.one_minus_b1 * m);
+  u = Maximum(u - s.one_minus_b2 * u, __builtin_fabsf(g) + s.eps);
+}
+
 struct Wide {
   using Mu = float;
   using Nu = float;
@@ -117,6 +109,12 @@ struct Wide {
   Wide(const Scalars&, const Noise&) {}
   void Decode(Mu mu, Nu nu, float& m, float& u) const { m = mu, u = nu; }
   void Encode(float m, float u, uint32_t, Mu& mu, Nu& nu) const { mu = m, nu = u; }
+  void Step(float g, uint32_t index, const Scalars& s, Mu& mu, Nu& nu) const {
+    float m, u;
+    Decode(mu, nu, m, u);
+    Next(g, s, m, u);
+    Encode(m, u, index, mu, nu);
+  }
   float Ratio(Mu mu, Nu nu) const { return mu / nu; }
 };
 
@@ -134,6 +132,12 @@ struct BFloat16 {
     mu = NoisyBFloat16(ClipFinite(m), noise.At(index));
     nu = NearestBFloat16(ClipFinite(u) * inverse);
   }
+  void Step(float g, uint32_t index, const Scalars& s, Mu& mu, Nu& nu) const {
+    float m, u;
+    Decode(mu, nu, m, u);
+    Next(g, s, m, u);
+    Encode(m, u, index, mu, nu);
+  }
   float Ratio(Mu mu, Nu nu) const { return Float(mu) / (Float(nu) * new_scale); }
 };
 
@@ -142,38 +146,52 @@ struct Logarithmic {
   using Nu = uint8_t;
   static constexpr float kLevels = 6, kSquare = 127 * 127, kUnit = 1.25 / (127 * 127);
   static constexpr int32_t kStep = 1398101;  // 2^23 / kLevels
-  float scale, unit, inverse, offset;
+  float since, unit, largest, offset, bound;
+  int32_t fall;
   Noise noise;
 
   Logarithmic(const Scalars& s, const Noise& n)
-      : scale(s.scale), unit(kUnit * s.scale),
-        inverse(static_cast<float>(127 * 127 / 1.25) / s.new_scale),
-        offset(-kLevels * s.log2_new_scale), noise(n) {}
-  static float Power(int32_t code) { return Exp2OfLinear(code * kStep + kOne); }
-  static float Expand(Mu mu) {
+      : unit(static_cast<float>(127 * 127 / 1.25) / s.new_scale),
+        largest(s.new_scale * static_cast<float>(std::exp2(255 / 6.0))),
+        offset(-kLevels * s.log2_new_scale),
+        bound(IsFinite(s.scale) ? __builtin_inff() : 0), noise(n) {
+    float steps = kLevels * std::log2(s.new_scale / (s.scale - s.one_minus_b2 * s.scale));
+    fall = static_cast<int32_t>(std::nearbyint(std::clamp(steps, -255.0f, 255.0f)));
+    since = s.scale / (s.new_scale * std::exp2(-static_cast<float>(fall) / kLevels));
+  }
+  static float Power(int32_t n) {
+    int32_t bits = n * kStep + (kOne + 96);
+    float z = Mantissa(bits);
+    float y = (0.07358816f * z + 0.01027734f) * (z * z) + (0.45312125f * z + 0.4630053f);
+    return y * Bits<float>(bits & ~kMantissa);
+  }
+  static float Square(Mu mu) {
     float q = mu;
-    return mu == -128 ? __builtin_nanf("") : q * __builtin_fabsf(q);
+    return q * __builtin_fabsf(q);
   }
-  void Decode(Mu mu, Nu nu, float& m, float& u) const {
-    float power = Power(nu);
-    m = Expand(mu) * unit * power;
-    u = power * scale;
+  int32_t Compress(float square, uint32_t index) const {
+    float size = __builtin_fabsf(square);
+    size = size < kSquare ? size : kSquare;
+    float d = static_cast<int32_t>(noise.At(index)) * -0x1p-16f + (0.5f - 0x1p-17f);
+    float lower = size + (d * d - 0.25f);
+    float root = __builtin_sqrtf(lower > 0 ? lower : 0) + d;
+    return RoundToInt(Bits<float>(Bits<int32_t>(root) | (Bits<int32_t>(square) & INT32_MIN)));
   }
-  void Encode(float m, float u, uint32_t index, Mu& mu, Nu& nu) const {
-    float level = Log2(u, kLevels, offset);
-    level = level > 0 ? level : 0;
-    int32_t code = RoundToInt(level < 255 ? level : 255);
-    float square = __builtin_fabsf(m) * Power(-code) * inverse;
-    square = square < kSquare ? square : kSquare;
-    float chance = static_cast<int32_t>(noise.At(index)) * 0x1p-16f + 0x1p-17f;
-    float below = __builtin_floorf(__builtin_sqrtf(square));
-    bool above = chance * (2 * below + 1) < square - below * below;
-    float magnitude = below + (above ? 1.0f : 0.0f);
-    int32_t q = RoundToInt(__builtin_copysignf(magnitude, m));
-    mu = static_cast<Mu>(__builtin_fabsf(m) < __builtin_inff() ? q : -128);
-    nu = static_cast<Nu>(code);
+  void Step(float g, uint32_t index, const Scalars& s, Mu& mu, Nu& nu) const {
+    int32_t fallen = nu - fall;
+    int32_t level = RoundToInt(Log2(__builtin_fabsf(g) + s.eps, kLevels, offset));
+    int32_t risen = std::min(std::max(level, std::max(fallen, 0)), 255);
+    float old = Square(mu) * since;
+    float clipped = g > largest ? largest : g < -largest ? -largest : g;
+    float m = s.one_minus_b1 * (clipped * (Power(-fallen) * unit)) + (old - s.one_minus_b1 * old);
+    int32_t code = Compress(m * Power(fallen - risen), index);
+    code = __builtin_fabsf(g) < bound ? code : -128;
+    mu = mu == -128 ? mu : static_cast<Mu>(code);
+    nu = mu == -128 ? 255 : static_cast<Nu>(risen);
   }
-  float Ratio(Mu mu, Nu) const { return Expand(mu) * kUnit; }
+  float Ratio(Mu mu, Nu) const {
+    return mu == -128 ? __builtin_nanf("") : Square(mu) * kUnit;
+  }
 };
 
 // One leaf of the tree, or a part of one from element `first` on.
@@ -197,13 +215,9 @@ void Step(const Piece& piece, const Scalars& s, int32_t count) {
   const uint32_t first = static_cast<uint32_t>(piece.first);
   const int32_t size = static_cast<int32_t>(piece.size);
   for (int32_t i = 0; i < size; ++i) {
-    float m, u;
-    format.Decode(mu[i], nu[i], m, u);
-    m = s.one_minus_b1 * g[i] + (m - s.one_minus_b1 * m);
-    u = Maximum(u - s.one_minus_b2 * u, __builtin_fabsf(g[i]) + s.eps);
-    typename Format::Mu new_mu;
-    typename Format::Nu new_nu;
-    format.Encode(m, u, first + static_cast<uint32_t>(i), new_mu, new_nu);
+    typename Format::Mu new_mu = mu[i];
+    typename Format::Nu new_nu = nu[i];
+    format.Step(g[i], first + static_cast<uint32_t>(i), s, new_mu, new_nu);
     mu[i] = new_mu, nu[i] = new_nu;
     p[i] += -s.rate * format.Ratio(new_mu, new_nu) - s.decay * p[i];
   }
