@@ -93,7 +93,7 @@ class Format(Protocol):
         """The moments after a gradient: decoded, those of `_rule.next_moments`, and encoded.
 
         Args:
-            g: gradient, in the dtype of the arithmetic.
+            g: gradient, of any inexact dtype that the format is for.
             stored: `mu` and `nu`.
             scales: the scale they are stored with, and the one to encode with.
             noise: as in `encode`.
@@ -289,7 +289,7 @@ class Logarithmic:
         b2: Scalar,
         eps: Scalar,
     ) -> tuple[jax.Array, jax.Array]:
-        """See `Format`. It neither decodes nor encodes: codes of norms are added and compared.
+        """See `Format`. It does not decode the norm: its codes are subtracted and compared.
 
         A gradient above the range of norms counts as the largest in range.
         """
@@ -308,12 +308,13 @@ class Logarithmic:
 
         # The first moment: in the unit of the fallen norm and of squared codes; then in the risen.
         decayed = new_scale * jnp.exp2(-fall.astype(jnp.float32) / self.levels)
-        old = self._square(mu) * (scale / decayed)
+        since = scale / decayed
+        old = self._square(mu) * since
         largest = new_scale * np.float32(2 ** (255 / self.levels))
         clipped = jnp.where(g > largest, largest, jnp.where(g < -largest, -largest, g))
-        unit = self._power(-fallen) * (np.float32(127**2 / self.peak) / new_scale)
-        m = next_first_moment(clipped * unit, old, b1) * self._power(fallen - risen)
-        is_finite = jnp.abs(g) < jnp.where(jnp.isfinite(scale), jnp.inf, 0.0)
+        new = clipped * (np.float32(127**2 / self.peak) / new_scale) * self._power(-fallen)
+        m = next_first_moment(new, old, b1) * self._power(fallen - risen)
+        is_finite = jnp.abs(g) < jnp.where(jnp.isfinite(since), jnp.inf, 0.0)
         code = jnp.where(is_finite, self._compress(m, noise), -128)
         new_mu = jnp.where(mu == -128, mu, code.astype(jnp.int8))
 
@@ -335,6 +336,8 @@ class Logarithmic:
     def _compress(self, square: jax.Array, noise: Any) -> jax.Array:
         """A code q, int32, for which the mean of `q |q|` over all noise is `square`, or +-127.
 
+        The range ends there, for NaN too.
+
         With `x = |square|` and c uniform in (0, 1), let q be the integer above `sqrt(x - c (1 - c))
         - c`, or 0. For b^2 <= x < (b + 1)^2 it is b + 1 where `c (2 b + 1) < x - b^2`, else b: the
         mean of q^2 is x.
@@ -348,7 +351,7 @@ class Logarithmic:
         return _round_to_int(_with_sign_of(square, root + d))
 
     def _power(self, n: jax.Array) -> jax.Array:
-        """`2^(n / levels)` to 4e-5 (with 6 levels), exact for 0; n is int32, -700 to 255."""
+        """`2^(n / levels)` to 5e-5 (with 6 levels), exact for 0; n is int32, -510 to 255."""
         # As the bits of a float32: its exponent, and 2^fraction with straight lines between. The
         # step is an integer, hence too small, so that bits of whole octaves may lack up to 85.
         bits = n * np.int32(2**23 // self.levels) + (_ONE + np.int32(96))
@@ -421,7 +424,7 @@ def _clip_finite(x: jax.Array, limit: float) -> jax.Array:
     return jnp.where(jnp.isfinite(x), jnp.clip(x, -limit, limit), x)
 
 
-# 2^(z - 1) for 1 <= z < 2, lowest power first: relative error below 4e-5 in sixths, and 1 comes out
+# 2^(z - 1) for 1 <= z < 2, lowest power first: relative error below 5e-5 in sixths, and 1 comes out
 # where z - 1 is 96 units of 2^-23.
 _EXP2 = np.array([0.4630053, 0.45312125, 0.01027734, 0.07358816], np.float32)
 # log2(z) - (z - 1) for 1 <= z <= 2: error below 2e-5.

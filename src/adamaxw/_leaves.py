@@ -122,6 +122,18 @@ def scalar_sharding(params: Any) -> Sharding | None:
     return places.pop() if len(places) == 1 else None
 
 
+def lie_together(tree: Any) -> bool:
+    """Whether one compiled call can take all of a tree: none traced, none committed elsewhere."""
+    places = set()
+    for x in jax.tree.leaves(tree):
+        if isinstance(x, Tracer):
+            return False
+        if isinstance(x, jax.Array) and x.committed:
+            place = x.sharding
+            places.add(place.mesh if isinstance(place, NamedSharding) else place)
+    return len(places) <= 1
+
+
 def side_by_side(
     updates: Any,
     moments: tuple[Any, Any, Any],

@@ -225,12 +225,16 @@ def _transformation(
             nu_scale = jax.device_put(nu_scale, place)
         return AdamaxState(count, mu, nu, nu_scale, residual)
 
+    # Whether some tree had no place for a single call: then places are looked at before another.
+    looks = False
+
     def update(
         updates: Any,
         state: Any,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[Any, Any]:
+        nonlocal looks
         del extra_args
         _check(state, fmt)
         if decay is None and not rounding.needs_params:
@@ -248,7 +252,8 @@ def _transformation(
         treedef = jax.tree.structure(updates)
         trains_all = treedef == jax.tree.structure(state.mu)
         compiles = treedef.num_leaves <= _MOST_LEAVES or not fmt.is_noisy
-        if trains_all and compiles and not isinstance(state.count, Tracer):
+        tries = trains_all and compiles and not isinstance(state.count, Tracer)
+        if tries and (not looks or _leaves.lie_together((updates, state, params))):
             try:
                 wide = jnp.result_type(float)
                 scalars = (_on_device(x, wide) if isinstance(x, float) else x for x in (lr, wd))
@@ -256,7 +261,7 @@ def _transformation(
             except (TypeError, ValueError):
                 # Leaves of several devices or meshes, which only a call for each can take, or wrong
                 # ones, on which the errors of jit say less than ours.
-                pass
+                looks = True
         return _update(updates, state, params, lr, wd, constants, settings)
 
     return optax.GradientTransformationExtraArgs(init, update)
