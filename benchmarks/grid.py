@@ -21,7 +21,7 @@ from versions import versions
 
 import adamaxw
 from adamaxw import _formats
-from adamaxw._rule import Scalar, next_first_moment, shrink
+from adamaxw._rule import Constants, next_first_moment, shrink
 
 # The gradients are those of the tests.
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -71,13 +71,10 @@ class Even(_formats.Logarithmic):
         stored: tuple[jax.Array, jax.Array],
         scales: tuple[Any, Any],
         noise: Any,
-        *,
-        b1: Scalar,
-        b2: Scalar,
-        eps: Scalar,
+        constants: Constants,
     ) -> tuple[jax.Array, jax.Array]:
         """See `Format`."""
-        (mu, nu), (scale, new_scale) = stored, scales
+        (mu, nu), (scale, new_scale), (b1, b2, eps) = stored, scales, constants
         fall = self.levels * jnp.round(jnp.log2(new_scale / shrink(b2, scale))).astype(jnp.int32)
         fallen = nu.astype(jnp.int32) - fall
         level = self._level(jnp.abs(g) + eps, new_scale)

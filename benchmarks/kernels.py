@@ -37,12 +37,13 @@ def loops(
     scale = fmt.rescale(jnp.float32(1e-8), jnp.float32(1e-8))
     mu, nu = fmt.encode(0.3 * g, jnp.abs(g) + 1e-3, scale, noise)
     count = jnp.int32(7)
+    constants = _rule.Constants(0.9, 0.999, 1e-8)
 
     def step(g: Any, mu: Any, nu: Any, p: Any, count: Any, what: str) -> Any:
         drawn = noise
         if what == "all":
             drawn, _ = _rounding.noise(count, 3, shape)
-        mu, nu = fmt.step(g, (mu, nu), (scale, scale), drawn, b1=0.9, b2=0.999, eps=1e-8)
+        mu, nu = fmt.step(g, (mu, nu), (scale, scale), drawn, constants)
         ratio = fmt.ratio(mu, nu, scale, jnp.float32)
         rate = jnp.float32(1e-3) / _rule.bias_correction(0.9, count.astype(jnp.float32))
         return mu, nu, p + _rule.next_step(ratio, p, rate=rate, decay=1e-7)

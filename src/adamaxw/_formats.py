@@ -21,10 +21,15 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from adamaxw._rule import Scalar, cast, next_first_moment, next_moments, shrink
+from adamaxw._rule import Constants, cast, next_first_moment, next_moments, shrink
 
 # Noise for `encode` that rounds to the nearest: half of the range of 16 bits.
 TO_NEAREST = np.uint32(2**15)
+
+
+def arithmetic(dtype: Any) -> Any:
+    """The real dtype that gradients or parameters of an inexact dtype are computed in."""
+    return jnp.float64 if jnp.finfo(dtype).bits == 64 else jnp.float32
 
 
 class Format(Protocol):
@@ -85,10 +90,7 @@ class Format(Protocol):
         stored: tuple[jax.Array, jax.Array],
         scales: tuple[Any, Any],
         noise: Any,
-        *,
-        b1: Scalar,
-        b2: Scalar,
-        eps: Scalar,
+        constants: Constants,
     ) -> tuple[jax.Array, jax.Array]:
         """The moments after a gradient: decoded, those of `_rule.next_moments`, and encoded.
 
@@ -97,9 +99,7 @@ class Format(Protocol):
             stored: `mu` and `nu`.
             scales: the scale they are stored with, and the one to encode with.
             noise: as in `encode`.
-            b1: as in `_rule.next_moments`.
-            b2: as in `_rule.next_moments`.
-            eps: as in `_rule.next_moments`.
+            constants: those of `_rule.next_moments`.
 
         Returns:
             The new `mu` and `nu`.
@@ -113,14 +113,11 @@ def _step_decoded(
     stored: tuple[jax.Array, jax.Array],
     scales: tuple[Any, Any],
     noise: Any,
-    *,
-    b1: Scalar,
-    b2: Scalar,
-    eps: Scalar,
+    constants: Constants,
 ) -> tuple[jax.Array, jax.Array]:
     """See `Format.step`."""
-    dtype = jnp.float64 if jnp.finfo(g.dtype).bits == 64 else jnp.float32
-    m, u = self.decode(*stored, scales[0], dtype)
+    m, u = self.decode(*stored, scales[0], arithmetic(g.dtype))
+    b1, b2, eps = constants
     b1, b2, eps = cast(b1, m.dtype), cast(b2, u.dtype), cast(eps, u.dtype)
     m, u = next_moments(g.astype(m.dtype), m, u, b1=b1, b2=b2, eps=eps)
     return self.encode(m, u, scales[1], noise)
@@ -137,10 +134,9 @@ class Wide:
 
     def dtypes(self, dtype: Any) -> tuple[Any, Any]:
         """See `Format`."""
-        wide = jnp.finfo(dtype).bits == 64
-        norm = jnp.float64 if wide else jnp.float32
+        norm = arithmetic(dtype)
         if jnp.issubdtype(dtype, jnp.complexfloating):
-            return (jnp.complex128 if wide else jnp.complex64), norm
+            return (jnp.complex128 if norm == jnp.float64 else jnp.complex64), norm
         return norm, norm
 
     def rescale(self, scale: jax.Array, eps: jax.Array) -> jax.Array | None:
@@ -210,7 +206,6 @@ class BFloat16:
         """See `Format`."""
         return mu.astype(dtype), (nu.astype(jnp.float32) * scale).astype(dtype)
 
-    @partial(jax.jit, static_argnums=(0, 4))
     def ratio(self, mu: jax.Array, nu: jax.Array, scale: Any, dtype: Any) -> jax.Array:
         """See `Format`."""
         m, u = self.decode(mu, nu, scale, dtype)
@@ -271,7 +266,6 @@ class Logarithmic:
         u = (jnp.exp2(nu.astype(jnp.float32) / self.levels) * scale).astype(dtype)
         return self.ratio(mu, nu, scale, dtype) * u, u
 
-    @partial(jax.jit, static_argnums=(0, 4))
     def ratio(self, mu: jax.Array, nu: jax.Array, scale: Any, dtype: Any) -> jax.Array:
         """See `Format`."""
         del nu, scale
@@ -284,17 +278,14 @@ class Logarithmic:
         stored: tuple[jax.Array, jax.Array],
         scales: tuple[Any, Any],
         noise: Any,
-        *,
-        b1: Scalar,
-        b2: Scalar,
-        eps: Scalar,
+        constants: Constants,
     ) -> tuple[jax.Array, jax.Array]:
         """See `Format`. It does not decode the norm: its codes are subtracted and compared.
 
         A gradient above the range of norms counts as the largest in range.
         """
         (mu, nu), (scale, new_scale) = stored, scales
-        b1, b2, eps = (cast(x, jnp.float32) for x in (b1, b2, eps))
+        b1, b2, eps = (cast(x, jnp.float32) for x in constants)
         if g.dtype == jnp.float64:
             g = _clip_finite(g, 2.0**126)
         g = g.astype(jnp.float32)

@@ -13,7 +13,7 @@ import optax
 from jax.core import Tracer
 
 from adamaxw import _formats, _hyperparameters, _leaves, _masking, _rounding
-from adamaxw._rule import Scalar, bias_correction, cast, next_step, shrink
+from adamaxw._rule import Constants, Scalar, bias_correction, cast, next_step, shrink
 
 # Outside jit, larger trees go leaf by leaf if their moments are rounded at random: XLA's time and
 # memory to compile grow with the square of the operations, to more than 23 GB for 2,566 leaves.
@@ -207,7 +207,7 @@ def _transformation(
     fmt = _formats.named(moment_dtype)
     eps = _hyperparameters.checked("eps", eps)
     _formats.check_eps(fmt, eps)
-    constants, numbers = _Constants(b1, b2, eps), None
+    constants, numbers = Constants(b1, b2, eps), None
     if all(isinstance(x, float) for x in constants):
         constants, numbers = None, constants
     rounding = _rounding.named(param_rounding)
@@ -294,28 +294,6 @@ def _on_device(x: float, dtype: Any) -> jax.Array:
         return jax.device_put(np.asarray(x, dtype))
 
 
-@jax.tree_util.register_pytree_node_class
-class _Constants(NamedTuple):
-    """The hyperparameters that no schedule changes. Compiled code has numbers as constants.
-
-    There they keep the double precision that `shrink` needs.
-    """
-
-    b1: Scalar
-    b2: Scalar
-    eps: Scalar
-
-    def tree_flatten(self) -> tuple[Any, Any]:
-        """Arrays are leaves, numbers part of the structure."""
-        arrays = tuple(None if isinstance(x, float) else x for x in self)
-        return arrays, tuple(x if isinstance(x, float) else None for x in self)
-
-    @classmethod
-    def tree_unflatten(cls, numbers: Any, arrays: Any) -> "_Constants":
-        """See `tree_flatten`."""
-        return cls(*(x if y is None else y for x, y in zip(arrays, numbers, strict=True)))
-
-
 class _Mask(NamedTuple):
     """A tree of booleans as what can be hashed."""
 
@@ -344,7 +322,7 @@ class _Settings(NamedTuple):
 
     fmt: _formats.Format
     rounding: _rounding.ParamRounding
-    numbers: _Constants | None
+    numbers: Constants | None
     decays: _Mask
 
 
@@ -366,7 +344,7 @@ class _Step:
     scales: tuple[jax.Array | None, jax.Array | None]
     rate: jax.Array
     decay: Scalar
-    constants: _Constants
+    constants: Constants
     fmt: _formats.Format = field(metadata={"static": True})
 
 
@@ -432,9 +410,8 @@ def _step_leaf(
     if fmt.is_noisy or rounding.is_noisy:
         noise, other_noise = _rounding.noise(step.count, index, g.shape)
 
-    dtype = jnp.float64 if jnp.finfo(g.dtype).bits == 64 else jnp.float32
-    b1, b2, eps = step.constants
-    mu, nu = fmt.step(g, (leaf.mu, leaf.nu), step.scales, noise, b1=b1, b2=b2, eps=eps)
+    dtype = _formats.arithmetic(g.dtype)
+    mu, nu = fmt.step(g, (leaf.mu, leaf.nu), step.scales, noise, step.constants)
 
     # Of the stored moments: a compiler that takes a loop for each result then shares their work.
     ratio = fmt.ratio(mu, nu, step.scales[1], dtype)

@@ -1,6 +1,6 @@
 """The AdamaxW recurrence on one array: the only place where the formula stands."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,3 +84,25 @@ def shrink(b: Scalar, x: jax.Array) -> jax.Array:
 def cast(scalar: Scalar, dtype: Any) -> Scalar:
     """An array in a dtype; a Python float as it is."""
     return scalar.astype(dtype) if isinstance(scalar, jax.Array) else scalar
+
+
+@jax.tree_util.register_pytree_node_class
+class Constants(NamedTuple):
+    """The hyperparameters that no schedule changes. Compiled code has numbers as constants.
+
+    There they keep the double precision that `shrink` needs.
+    """
+
+    b1: Scalar
+    b2: Scalar
+    eps: Scalar
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        """Arrays are leaves, numbers part of the structure."""
+        arrays = tuple(None if isinstance(x, float) else x for x in self)
+        return arrays, tuple(x if isinstance(x, float) else None for x in self)
+
+    @classmethod
+    def tree_unflatten(cls, numbers: Any, arrays: Any) -> "Constants":
+        """See `tree_flatten`."""
+        return cls(*(x if y is None else y for x, y in zip(arrays, numbers, strict=True)))
