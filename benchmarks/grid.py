@@ -21,7 +21,6 @@ from versions import versions
 
 import adamaxw
 from adamaxw import _formats
-from adamaxw._rule import Constants, next_first_moment, shrink
 
 # The gradients are those of the tests.
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -54,51 +53,6 @@ class Power(_formats.Logarithmic):
 
 
 @dataclass(frozen=True)
-class Even(_formats.Logarithmic):
-    """Levels evenly spaced between powers of two: the code is then the float32 itself, shortened.
-
-    Nothing needs a polynomial. The norm is right to `1 / (2 levels + 1)`, and decays by octaves.
-    """
-
-    def rescale(self, scale: jax.Array, eps: jax.Array) -> jax.Array | None:
-        """See `Format`."""
-        moved = scale * jnp.exp2(jnp.round(jnp.log2(eps / scale)))
-        return jnp.where((scale > 0) & (moved > 0) & (moved < jnp.inf), moved, eps)
-
-    def step(
-        self,
-        g: jax.Array,
-        stored: tuple[jax.Array, jax.Array],
-        scales: tuple[Any, Any],
-        noise: Any,
-        constants: Constants,
-    ) -> tuple[jax.Array, jax.Array]:
-        """See `Format`."""
-        (mu, nu), (scale, new_scale), (b1, b2, eps) = stored, scales, constants
-        fall = self.levels * jnp.round(jnp.log2(new_scale / shrink(b2, scale))).astype(jnp.int32)
-        fallen = nu.astype(jnp.int32) - fall
-        level = self._level(jnp.abs(g) + eps, new_scale)
-        risen = jnp.minimum(jnp.maximum(level, jnp.maximum(fallen, 0)), 255)
-        old = self._square(mu) * (self._power(nu.astype(jnp.int32)) * scale)
-        unit = np.float32(127**2 / self.peak)
-        largest = new_scale * self._power(jnp.int32(255))
-        clipped = jnp.where(g > largest, largest, jnp.where(g < -largest, -largest, g))
-        m = next_first_moment(clipped * unit, old, b1) / (self._power(risen) * new_scale)
-        code = jnp.where(jnp.abs(g) < jnp.inf, self._compress(m, noise), -128)
-        new_mu = jnp.where(mu == -128, mu, code.astype(jnp.int8))
-        new_nu = jnp.clip(jnp.maximum(level, fallen), 0, 255).astype(nu.dtype)
-        return new_mu, jnp.where(new_mu == -128, np.asarray(255, nu.dtype), new_nu)
-
-    def _level(self, u: jax.Array, scale: Any) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(u / scale, jnp.int32) - np.int32(127 << 23)
-        return jnp.round(bits.astype(jnp.float32) * (self.levels * 2.0**-23)).astype(jnp.int32)
-
-    def _power(self, n: jax.Array) -> jax.Array:
-        bits = n * np.int32(2**23 // self.levels) + np.int32(127 << 23)
-        return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-
-@dataclass(frozen=True)
 class ToNearest(_formats.Logarithmic):
     """The format that ships, without chance."""
 
@@ -118,7 +72,6 @@ def formats() -> dict[str, _formats.Format]:
         chosen[f"m/u up to {peak}"] = replace(ships, peak=peak)
     for power in (1.0, 1.5, 3.0):
         chosen[f"(q/127)^{power:g}"] = Power(power=power)
-    chosen["even between powers of two"] = Even()
     chosen["rounded to the nearest"] = ToNearest()
     chosen["bfloat16"] = _formats.BFloat16()
     return chosen
@@ -171,9 +124,7 @@ def main() -> None:
     for name, fmt in formats().items():
         within = top = ""
         if isinstance(fmt, _formats.Logarithmic):
-            even = isinstance(fmt, Even)
-            within = 1 / (2 * fmt.levels + 1) if even else 2 ** (0.5 / fmt.levels) - 1
-            within = f"{100 * within:.1f}%"
+            within = f"{100 * (2 ** (0.5 / fmt.levels) - 1):.1f}%"
             top = f"{EPS * 2 ** (255 / fmt.levels):.2g}"
         errors = (error(train(fmt, grads[kind]), exact[kind]) for kind in KINDS)
         cells = (name, within, top, *(f"{100 * x:.2f}%" for x in errors))

@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from grid import Even
 from versions import versions
 
 from adamaxw import _formats, _rounding, _rule
@@ -39,16 +38,17 @@ def loops(
     count = jnp.int32(7)
     constants = _rule.Constants(0.9, 0.999, 1e-8)
 
-    def step(g: Any, mu: Any, nu: Any, p: Any, count: Any, what: str) -> Any:
+    def step(g: Any, mu: Any, nu: Any, p: Any, scale: Any, count: Any, what: str) -> Any:
         drawn = noise
         if what == "all":
             drawn, _ = _rounding.noise(count, 3, shape)
-        mu, nu = fmt.step(g, (mu, nu), (scale, scale), drawn, constants)
-        ratio = fmt.ratio(mu, nu, scale, jnp.float32)
+        new_scale = None if scale is None else fmt.rescale(0.999 * scale, jnp.float32(1e-8))
+        mu, nu = fmt.step(g, (mu, nu), (scale, new_scale), drawn, constants)
+        ratio = fmt.ratio(mu, nu, new_scale, jnp.float32)
         rate = jnp.float32(1e-3) / _rule.bias_correction(0.9, count.astype(jnp.float32))
         return mu, nu, p + _rule.next_step(ratio, p, rate=rate, decay=1e-7)
 
-    arguments = g, mu, nu, p, count
+    arguments = g, mu, nu, p, scale, count
     return {
         what: (jax.jit(functools.partial(step, what=what)), arguments)
         for what in ("all but the noise", "all")
@@ -74,11 +74,10 @@ def main() -> None:
     nothing = least(jax.jit(jnp.negative), jnp.zeros(16))
     print(f"ns an element of a leaf of shape {shape}; {versions()}\n")
     print("| moments | all but the noise | all |\n|---|---|---|")
-    formats = {str(fmt.name): fmt for fmt in _formats.FORMATS} | {"uint8, even grid": Even()}
-    for name, fmt in formats.items():
+    for fmt in _formats.FORMATS:
         seconds = [least(f, *args) - nothing for f, args in loops(fmt, shape).values()]
         cells = (f"{s / math.prod(shape) * 1e9:.2f}" for s in seconds)
-        print(f"| {name} | {' | '.join(cells)} |")
+        print(f"| {fmt.name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ namespace {
 constexpr int64_t kTask = 1 << 16;
 
 struct Scalars {
-  float rate, decay, one_minus_b1, one_minus_b2, eps, scale, new_scale, log2_new_scale;
+  float rate, decay, one_minus_b1, one_minus_b2, eps, scale, new_scale;
 };
 
 uint32_t Mix(uint32_t x, uint32_t key = 0) {
@@ -67,17 +67,6 @@ int32_t RoundToInt(float x) { return Bits<int32_t>(x + kMagic) - kMagicBits; }
 constexpr int32_t kMantissa = (1 << 23) - 1, kOne = 127 << 23;
 
 float Mantissa(int32_t bits) { return Bits<float>((bits & kMantissa) | kOne); }
-
-// times log2(x) + plus.
-float Log2(float x, float times, float plus) {
-  int32_t bits = Bits<int32_t>(x);
-  float z = Mantissa(bits), zz = z * z;
-  float linear = static_cast<float>(bits - kOne) * (times * 0x1p-23f);
-  float first = times * 4.09171066f * z + (plus - times * 1.80036403f);
-  float second = times * 1.63114839f * z - times * 3.55079254f;
-  float third = times * 0.04487358f * z - times * 0.41656352f;
-  return linear + (third * (zz * zz) + (second * zz + first));
-}
 
 float ClipFinite(float x) {
   constexpr float kLimit = 0x1p126f;
@@ -146,23 +135,29 @@ struct Logarithmic {
   using Nu = uint8_t;
   static constexpr float kLevels = 6, kSquare = 127 * 127, kUnit = 1.25 / (127 * 127);
   static constexpr int32_t kStep = 1398101;  // 2^23 / kLevels
-  float since, unit, largest, offset, bound;
+  float unit, eps, of_new, of_old, largest, bound;
   int32_t fall;
   Noise noise;
 
   Logarithmic(const Scalars& s, const Noise& n)
-      : unit(static_cast<float>(127 * 127 / 1.25) / s.new_scale),
+      : unit(static_cast<float>(std::exp2((0.5 - 127) / 6)) / s.new_scale),
+        eps(s.eps * unit),
+        of_new(s.one_minus_b1 * (static_cast<float>(127 * 127 / 1.25) / s.new_scale)),
         largest(s.new_scale * static_cast<float>(std::exp2(255 / 6.0))),
-        offset(-kLevels * s.log2_new_scale),
         bound(IsFinite(s.scale) ? __builtin_inff() : 0), noise(n) {
     float steps = kLevels * std::log2(s.new_scale / (s.scale - s.one_minus_b2 * s.scale));
     fall = static_cast<int32_t>(std::nearbyint(std::clamp(steps, -255.0f, 255.0f)));
-    since = s.scale / (s.new_scale * std::exp2(-static_cast<float>(fall) / kLevels));
+    float since = s.scale / (s.new_scale * std::exp2(-static_cast<float>(fall) / kLevels));
+    of_old = since - s.one_minus_b1 * since;
+  }
+  static int32_t Level(float u) {
+    float cube = u * u * u;
+    return Bits<uint32_t>(cube * cube) >> 23;
   }
   static float Power(int32_t n) {
     int32_t bits = n * kStep + (kOne + 96);
     float z = Mantissa(bits);
-    float y = (0.07358816f * z + 0.01027734f) * (z * z) + (0.45312125f * z + 0.4630053f);
+    float y = ((0.07358816f * z + 0.01027734f) * z + 0.45312125f) * z + 0.4630053f;
     return y * Bits<float>(bits & ~kMantissa);
   }
   static float Square(Mu mu) {
@@ -178,14 +173,13 @@ struct Logarithmic {
     return RoundToInt(Bits<float>(Bits<int32_t>(root) | (Bits<int32_t>(square) & INT32_MIN)));
   }
   void Step(float g, uint32_t index, const Scalars& s, Mu& mu, Nu& nu) const {
-    int32_t fallen = nu - fall;
-    int32_t level = RoundToInt(Log2(__builtin_fabsf(g) + s.eps, kLevels, offset));
-    int32_t risen = std::min(std::max(level, std::max(fallen, 0)), 255);
-    float old = Square(mu) * since;
-    float clipped = g > largest ? largest : g < -largest ? -largest : g;
-    float m = s.one_minus_b1 * (clipped * (Power(-fallen) * unit)) + (old - s.one_minus_b1 * old);
+    int32_t fallen = std::min(nu - fall, 255);
+    float size = __builtin_fabsf(g);
+    int32_t risen = std::max(Level(size * unit + eps), fallen);
+    float clipped = __builtin_copysignf(size < largest ? size : largest, g);
+    float m = clipped * of_new * Power(-fallen) + Square(mu) * of_old;
     int32_t code = Compress(m * Power(fallen - risen), index);
-    code = __builtin_fabsf(g) < bound ? code : -128;
+    code = size < bound ? code : -128;
     mu = mu == -128 ? mu : static_cast<Mu>(code);
     nu = mu == -128 ? 255 : static_cast<Nu>(risen);
   }
@@ -266,7 +260,7 @@ struct Work {
   }
 };
 
-// Operands: scalars (float32[8]), count (int32), then p, mu and nu of all leaves, which the results
+// Operands: scalars (float32[7]), count (int32), then p, mu and nu of all leaves, which the results
 // alias, then g of all leaves.
 ffi::Error OnePass(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
                    int64_t kernel, int64_t first_leaf) {

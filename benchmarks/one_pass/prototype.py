@@ -90,8 +90,7 @@ def step_of(
         scale, new_scale = state.nu_scale, None
         if scale is not None:
             new_scale = fmt.rescale(_rule.shrink(B2, scale), jnp.float32(EPS))
-        unit = jnp.float32(1)
-        new_unit = unit if new_scale is None else new_scale
+        one = jnp.float32(1)
         scalars = jnp.stack(
             [
                 rate,
@@ -99,9 +98,8 @@ def step_of(
                 jnp.float32(1 - B1),
                 jnp.float32(1 - B2),
                 jnp.float32(EPS),
-                unit if scale is None else scale,
-                new_unit,
-                jnp.log2(new_unit),
+                one if scale is None else scale,
+                one if new_scale is None else new_scale,
             ]
         )
         columns = params, state.mu, state.nu, grads

@@ -9,10 +9,8 @@ Two facts make few bits enough for AdaMax; `docs/numerics.md` proves them.
 """
 
 import reprlib
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
-from itertools import zip_longest
+from functools import partial, reduce
 from typing import Any, ClassVar, Protocol
 
 import jax
@@ -39,13 +37,13 @@ class Format(Protocol):
 
     Attributes:
         name: the `moment_dtype` that stands for it.
-        smallest_eps: below it, norms of ordinary gradients would be out of range.
+        eps_range: of the eps for which norms of ordinary gradients are in range.
         has_scale: whether there is a scale.
         is_noisy: whether `encode` rounds at random.
     """
 
     name: ClassVar[str | None]
-    smallest_eps: ClassVar[float]
+    eps_range: ClassVar[tuple[float, float]]
     has_scale: ClassVar[bool]
     is_noisy: ClassVar[bool]
 
@@ -128,7 +126,7 @@ class Wide:
     """As they are: float32, float64 for 64-bit parameters, the first moment complex for complex."""
 
     name: ClassVar[str | None] = None
-    smallest_eps: ClassVar[float] = 0.0
+    eps_range: ClassVar[tuple[float, float]] = (0.0, np.inf)
     has_scale: ClassVar[bool] = False
     is_noisy: ClassVar[bool] = False
 
@@ -174,7 +172,7 @@ class BFloat16:
     """
 
     name: ClassVar[str | None] = "bfloat16"
-    smallest_eps: ClassVar[float] = 0.0
+    eps_range: ClassVar[tuple[float, float]] = (0.0, np.inf)
     has_scale: ClassVar[bool] = True
     is_noisy: ClassVar[bool] = True
 
@@ -231,7 +229,8 @@ class Logarithmic:
     levels: int = 6
     peak: float = 1.25
     name: ClassVar[str | None] = "uint8"
-    smallest_eps: ClassVar[float] = 1e-10  # norms up to 620
+    # Norms up to 620, and none that float32 cannot hold.
+    eps_range: ClassVar[tuple[float, float]] = (1e-10, 1e25)
     has_scale: ClassVar[bool] = True
     is_noisy: ClassVar[bool] = True
 
@@ -253,7 +252,7 @@ class Logarithmic:
         if m.dtype == jnp.float64:
             m, u = (_clip_finite(x, 2.0**126) for x in (m, u))
         m, u = m.astype(jnp.float32), u.astype(jnp.float32)
-        nu = jnp.clip(self._level(u, scale), 0, 255).astype(jnp.uint8)
+        nu = self._level(u * self._unit(scale)).astype(jnp.uint8)
         ratio = m / (jnp.exp2(nu.astype(jnp.float32) / self.levels) * scale)
         mu = self._compress(ratio * np.float32(127**2 / self.peak), noise)
         return jnp.where(jnp.isfinite(m), mu, -128).astype(jnp.int8), nu
@@ -293,31 +292,38 @@ class Logarithmic:
         # rise where eps is lowered.
         fall = jnp.round(self.levels * jnp.log2(new_scale / shrink(b2, scale)))
         fall = jnp.clip(fall.astype(jnp.int32), -255, 255)
-        fallen = nu.astype(jnp.int32) - fall
-        level = self._level(jnp.abs(g) + eps, new_scale)
-        risen = jnp.minimum(jnp.maximum(level, jnp.maximum(fallen, 0)), 255)
+        fallen = jnp.minimum(nu.astype(jnp.int32) - fall, 255)
+        size, unit = jnp.abs(g), self._unit(new_scale)
+        level = self._level(size * unit + eps * unit)
+        risen = jnp.maximum(level, fallen)
 
-        # The first moment: in the unit of the fallen norm and of squared codes; then in the risen.
-        decayed = new_scale * jnp.exp2(-fall.astype(jnp.float32) / self.levels)
-        since = scale / decayed
-        old = self._square(mu) * since
+        # The first moment, in the unit of squared codes: of the fallen norm, then of the risen. The
+        # formula is linear; its two weights are scalars.
+        since = scale / (new_scale * jnp.exp2(-fall.astype(jnp.float32) / self.levels))
+        zero = jnp.zeros_like(since)
+        weight = next_first_moment(np.float32(127**2 / self.peak) / new_scale, zero, b1)
         largest = new_scale * np.float32(2 ** (255 / self.levels))
-        clipped = jnp.where(g > largest, largest, jnp.where(g < -largest, -largest, g))
-        new = clipped * (np.float32(127**2 / self.peak) / new_scale) * self._power(-fallen)
-        m = next_first_moment(new, old, b1) * self._power(fallen - risen)
-        is_finite = jnp.abs(g) < jnp.where(jnp.isfinite(since), jnp.inf, 0.0)
+        clipped = _with_sign_of(g, jnp.where(size < largest, size, largest))
+        old = self._square(mu) * next_first_moment(zero, since, b1)
+        m = (clipped * weight * self._power(-fallen) + old) * self._power(fallen - risen)
+        is_finite = size < jnp.where(jnp.isfinite(since), jnp.inf, 0.0)
         code = jnp.where(is_finite, self._compress(m, noise), -128)
         new_mu = jnp.where(mu == -128, mu, code.astype(jnp.int8))
 
-        # `risen` as a code, said in other words: a compiler that takes a loop for each result shall
-        # compute it twice, not store it. It comes after `mu`, which reads the old one, so that it
-        # may be written in its place. See `benchmarks/NOTES.md`.
-        new_nu = jnp.clip(jnp.maximum(level, fallen), 0, 255).astype(nu.dtype)
-        return new_mu, jnp.where(new_mu == -128, np.asarray(255, nu.dtype), new_nu)
+        # The new `nu` comes after `mu`, which reads the old one, so that it may take its place. A
+        # compiler with a loop for each result computes `risen` twice. See `benchmarks/NOTES.md`.
+        return new_mu, jnp.where(new_mu == -128, np.asarray(255, nu.dtype), risen.astype(nu.dtype))
 
-    def _level(self, u: jax.Array, scale: Any) -> jax.Array:
-        """The nearest level to a norm, int32; beyond the range too."""
-        return _round_to_int(_log2(u, self.levels, -self.levels * jnp.log2(scale)))
+    def _unit(self, scale: Any) -> jax.Array:
+        """What a norm is multiplied by for `_level`."""
+        return np.float32(2 ** ((0.5 - 127) / self.levels)) / scale
+
+    def _level(self, u: jax.Array) -> jax.Array:
+        """The nearest level to a norm in `_unit`, int32: 0 or 255 beyond the range."""
+        # From level to level `u^levels` doubles. So the level is the exponent of that float32: 0
+        # for what is too small, 255 for inf.
+        power = lax.integer_pow(u, self.levels)
+        return (lax.bitcast_convert_type(power, jnp.uint32) >> 23).astype(jnp.int32)
 
     def _square(self, mu: jax.Array) -> jax.Array:
         """`q |q|` of a code of the first moment."""
@@ -343,11 +349,14 @@ class Logarithmic:
 
     def _power(self, n: jax.Array) -> jax.Array:
         """`2^(n / levels)` to 5e-5 (with 6 levels), exact for 0; n is int32, -510 to 255."""
-        # As the bits of a float32: its exponent, and 2^fraction with straight lines between. The
-        # step is an integer, hence too small, so that bits of whole octaves may lack up to 85.
-        bits = n * np.int32(2**23 // self.levels) + (_ONE + np.int32(96))
-        octave = lax.bitcast_convert_type(bits & _EXPONENT, jnp.float32)
-        return _polynomial(_EXP2, _mantissa(bits)) * octave
+        # In units of 2^-23, as the exponent of a float32 is counted. The step is an integer, hence
+        # too small, so that whole octaves may lack up to 85 units.
+        log2 = n * np.int32(2**23 // self.levels) + np.int32(96)
+        fraction = log2 & np.int32(2**23 - 1)
+        z = lax.bitcast_convert_type(fraction | _ONE, jnp.float32)
+        power = reduce(lambda y, coefficient: y * z + coefficient, _EXP2[::-1])
+        bits = lax.bitcast_convert_type(power, jnp.int32) + (log2 - fraction)
+        return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 WIDE = Wide()
@@ -382,15 +391,16 @@ def named(moment_dtype: Any) -> Format:
 
 
 def check_eps(fmt: Format, eps: Any) -> None:
-    """Refuses an eps that is too small for a format; a traced one passes.
+    """Refuses an eps that does not go with a format; a traced one passes.
 
     Raises:
-        ValueError: naming the bound.
+        ValueError: naming the range.
     """
-    if not isinstance(eps, Tracer) and np.float32(eps) < np.float32(fmt.smallest_eps):
+    low, high = fmt.eps_range
+    if not isinstance(eps, Tracer) and not np.float32(low) <= np.float32(eps) <= np.float32(high):
         raise ValueError(
-            f"eps must be at least {fmt.smallest_eps} with moment_dtype={fmt.name}, or the norms "
-            f"of ordinary gradients are out of its range, got {eps}"
+            f"eps must be from {low:g} to {high:g} with moment_dtype={fmt.name}, or the norms of "
+            f"ordinary gradients are out of its range, got {eps}"
         )
 
 
@@ -418,38 +428,9 @@ def _clip_finite(x: jax.Array, limit: float) -> jax.Array:
 # 2^(z - 1) for 1 <= z < 2, lowest power first: relative error below 5e-5 in sixths, and 1 comes out
 # where z - 1 is 96 units of 2^-23.
 _EXP2 = np.array([0.4630053, 0.45312125, 0.01027734, 0.07358816], np.float32)
-# log2(z) - (z - 1) for 1 <= z <= 2: error below 2e-5.
-_LOG2 = np.array(
-    [-1.80036403, 4.09171066, -3.55079254, 1.63114839, -0.41656352, 0.04487358], np.float32
-)
-_MANTISSA = np.int32(2**23 - 1)
-_EXPONENT = np.int32(-(2**23))
 _ONE = np.int32(127 << 23)
 # Added to a float32 of magnitude below 2^22, it leaves the nearest integer in the low bits.
 _MAGIC = np.float32(3 * 2**22)
-
-
-def _log2(x: jax.Array, times: int, plus: Any = 0.0) -> jax.Array:
-    """`times log2(x) + plus` for positive float32; the log to 2e-5, for 0 -127, inf 128."""
-    bits = lax.bitcast_convert_type(x, jnp.int32)
-    # Exponent and mantissa read as one number: log2 with straight lines between powers of two.
-    linear = (bits - _ONE).astype(jnp.float32) * np.float32(times * 2.0**-23)
-    first, *others = times * _LOG2
-    return linear + _polynomial([first + plus, *others], _mantissa(bits))
-
-
-def _mantissa(bits: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type((bits & _MANTISSA) | _ONE, jnp.float32)
-
-
-def _polynomial(coefficients: Iterable[Any], x: jax.Array) -> jax.Array:
-    """Its value, lowest power first, by Estrin's scheme: fewer operations wait for each other."""
-    terms = list(coefficients)
-    while len(terms) > 1:
-        pairs = zip_longest(terms[::2], terms[1::2])
-        terms = [low if high is None else high * x + low for low, high in pairs]
-        x = x * x
-    return jnp.asarray(terms[0])
 
 
 def _with_sign_of(m: jax.Array, magnitude: jax.Array) -> jax.Array:

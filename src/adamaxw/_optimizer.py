@@ -83,8 +83,8 @@ def adamaxw(
         moment_dtype: how the moments are stored between steps. None: in the dtype of the
             arithmetic, 8 bytes a float32 parameter. "bfloat16" or the dtype: 4 bytes. "uint8" or
             the dtype: 2 bytes, the norm within 5.9% (1/12 of an octave) of the exact one for ever,
-            up to `eps * 2**42.5`; for b1 up to about 0.95 and eps from 1e-10 on. Real parameters
-            only, with the last two; their steps are those of the moments as they are stored.
+            up to `eps * 2**42.5`; for b1 up to about 0.95 and eps from 1e-10 to 1e25. Only real
+            parameters, with the last two; their steps are those of the moments as they are stored.
         param_rounding: how the new value of a bfloat16 or float16 parameter is rounded, which
             `optax.apply_updates` does. "nearest": steps below 1/512 of a bfloat16 parameter are
             lost. "stochastic": to one of the two neighbours at random, so that the mean is right;
