@@ -303,7 +303,7 @@ class Logarithmic:
         zero = jnp.zeros_like(since)
         weight = next_first_moment(np.float32(127**2 / self.peak) / new_scale, zero, b1)
         largest = new_scale * np.float32(2 ** (255 / self.levels))
-        clipped = _with_sign_of(g, jnp.where(size < largest, size, largest))
+        clipped = jnp.where(g > largest, largest, jnp.where(g < -largest, -largest, g))
         old = self._square(mu) * next_first_moment(zero, since, b1)
         m = (clipped * weight * self._power(-fallen) + old) * self._power(fallen - risen)
         is_finite = size < jnp.where(jnp.isfinite(since), jnp.inf, 0.0)
@@ -344,8 +344,8 @@ class Logarithmic:
         # 1/2 - c
         d = jnp.asarray(noise, jnp.int32).astype(jnp.float32) * -(2.0**-16) + (0.5 - 2.0**-17)
         lower = size + (d * d - 0.25)
-        root = jnp.sqrt(jnp.where(lower > 0, lower, 0.0))
-        return _round_to_int(_with_sign_of(square, root + d))
+        code = jnp.sqrt(jnp.where(lower > 0, lower, 0.0)) + d
+        return _round_to_int(jnp.where(square < 0, -code, code))
 
     def _power(self, n: jax.Array) -> jax.Array:
         """`2^(n / levels)` to 5e-5 (with 6 levels), exact for 0; n is int32, -510 to 255."""
@@ -431,11 +431,6 @@ _EXP2 = np.array([0.4630053, 0.45312125, 0.01027734, 0.07358816], np.float32)
 _ONE = np.int32(127 << 23)
 # Added to a float32 of magnitude below 2^22, it leaves the nearest integer in the low bits.
 _MAGIC = np.float32(3 * 2**22)
-
-
-def _with_sign_of(m: jax.Array, magnitude: jax.Array) -> jax.Array:
-    bits, sign = (lax.bitcast_convert_type(x, jnp.int32) for x in (magnitude, m))
-    return lax.bitcast_convert_type(bits | (sign & np.int32(-(2**31))), jnp.float32)
 
 
 def _round_to_int(x: jax.Array) -> jax.Array:

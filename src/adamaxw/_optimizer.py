@@ -332,7 +332,7 @@ class _Step:
     """What the leaves share at one step.
 
     Attributes:
-        count: the number of updates done.
+        keys: those of the noise of all leaves; None if there is no noise.
         scales: those of the moments as they are stored, and as they will be.
         rate: `lr / (1 - b1^t)`.
         decay: by what part parameters decay.
@@ -340,7 +340,7 @@ class _Step:
         fmt: how moments are stored.
     """
 
-    count: jax.Array
+    keys: tuple[jax.Array, jax.Array] | None
     scales: tuple[jax.Array | None, jax.Array | None]
     rate: jax.Array
     decay: Scalar
@@ -380,13 +380,13 @@ def _update(
     if scale is not None:
         shrunk = shrink(cast(b2, jnp.float32), scale)
         scale = fmt.rescale(shrunk, jnp.asarray(eps, jnp.float32))
-    step = _Step(state.count, (state.nu_scale, scale), rate, decay, constants, fmt)
 
     trained = [leaf for leaf in leaves if leaf.rounding is not None]
+    indices, keys = repeat(None), None
     if any(fmt.is_noisy or leaf.rounding.is_noisy for leaf in trained):
         indices = iter(_rounding.leaf_indices(state.count, len(trained)))
-    else:
-        indices = repeat(None)
+        keys = _rounding.keys(state.count, len(trained))
+    step = _Step(keys, (state.nu_scale, scale), rate, decay, constants, fmt)
     rows = [
         _unchanged(leaf) if leaf.rounding is None else _step_leaf(leaf, step, next(indices))
         for leaf in leaves
@@ -408,7 +408,7 @@ def _step_leaf(
     g, p, fmt, rounding = leaf.g, leaf.p, step.fmt, leaf.rounding
     noise = other_noise = None
     if fmt.is_noisy or rounding.is_noisy:
-        noise, other_noise = _rounding.noise(step.count, index, g.shape)
+        noise, other_noise = _rounding.noise(step.keys, index, g.shape)
 
     dtype = _formats.arithmetic(g.dtype)
     mu, nu = fmt.step(g, (leaf.mu, leaf.nu), step.scales, noise, step.constants)

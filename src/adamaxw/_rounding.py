@@ -257,26 +257,42 @@ def _successor(index: jax.Array, one: jax.Array) -> jax.Array:
     return (index + one) // one
 
 
-@partial(jax.jit, static_argnames="shape")
-def noise(
-    count: jax.Array, leaf: jax.typing.ArrayLike, shape: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array]:
-    """Noise for one leaf at one step: a hash of count, leaf and the element's index in the leaf.
+@partial(jax.jit, static_argnames="number")
+def keys(count: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
+    """What the noise of each leaf starts from: hashes of the step and the leaf.
 
-    It depends on nothing else: not on the mesh, and there is no key to keep.
+    Those of all leaves are one computation: compilers get slow where each leaf adds more to it.
 
     Args:
         count: int32 scalar, the number of updates done.
+        number: how many leaves of the tree train.
+
+    Returns:
+        Two uint32 vectors, an element for a leaf.
+    """
+    leaves = lax.iota(jnp.uint32, number)
+    key = _mix(count.astype(jnp.uint32) + _mix(leaves + np.uint32(0x9E3779B9)))
+    return key, _mix(key ^ np.uint32(0x85EBCA6B))
+
+
+@partial(jax.jit, static_argnames="shape")
+def noise(
+    keys: tuple[jax.Array, jax.Array], leaf: jax.typing.ArrayLike, shape: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """Noise for one leaf at one step: a hash of its keys and the element's index in the leaf.
+
+    It depends on nothing else: not on the mesh, and no key is part of the state.
+
+    Args:
+        keys: those of all leaves, as `keys` returns them.
         leaf: index of the leaf among those of the tree that train; it may be traced.
         shape: of the whole leaf.
 
     Returns:
         Two uint32 arrays of that shape, independent and uniform in [0, 2^16).
     """
-    key = _mix(
-        count.astype(jnp.uint32) + _mix(jnp.asarray(leaf, jnp.uint32) + np.uint32(0x9E3779B9))
-    )
-    other_key = _mix(key ^ np.uint32(0x85EBCA6B))
+    leaf = jnp.asarray(leaf, jnp.uint32)
+    key, other_key = (lax.dynamic_slice(x, (leaf,), (1,)).reshape(()) for x in keys)
     index = jnp.zeros(shape, jnp.uint32)
     stride = 1
     for axis in reversed(range(len(shape))):
