@@ -16,7 +16,7 @@ from adamaxw import _formats, _hyperparameters, _leaves, _masking, _rounding
 from adamaxw._rule import Constants, Scalar, bias_correction, cast, next_step, shrink
 
 # Outside jit, larger trees go leaf by leaf if their moments are rounded at random: XLA's time and
-# memory to compile grow with the square of the operations, to more than 23 GB for 2,566 leaves.
+# memory to compile grow with the square of the operations, to minutes and 20 GB for 2,566 leaves.
 _MOST_LEAVES = 500
 
 
