@@ -97,7 +97,7 @@ def transformer(steps: int = 600, batch: int = 16, context: int = 32) -> Task:
             make(
                 language_model.warmup_and_cosine(0.02, steps),
                 weight_decay=0.1,
-                mask=language_model.matrices,
+                mask=adamaxw.masks.matrices,
             ),
         ),
     )
@@ -123,7 +123,7 @@ def autoencoder(epochs: int = 50, batch: int = 64) -> Task:
         batches,
         lambda params, batch, key: loss(params, batch.astype(jnp.int32), key),
         lambda params: loss(params, held_out, jax.random.key(1)),
-        lambda make: make(0.003, weight_decay=0.03, mask=vae.matrices),
+        lambda make: make(0.003, weight_decay=0.03, mask=adamaxw.masks.matrices),
     )
 
 

@@ -2,7 +2,8 @@
 
 A byte-level transformer in Flax NNX learns to predict the next byte of the `.py` files that every
 Python brings along, so there is nothing to download. It shows AdamaxW with a learning rate
-schedule, with weight decay on the matrices only, and behind gradient clipping. Run::
+schedule, with weight decay on the matrices only, and behind gradient clipping, and logs what the
+optimizer does. Run::
 
     python examples/language_model.py
     python examples/language_model.py --optimizer optax.adamw --learning-rate 0.006
@@ -27,7 +28,9 @@ from flax import nnx
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
+from rich.table import Table
+
+import adamaxw
 
 # Tests and tables of data read unlike the rest of the library; the others are not part of it.
 SKIPPED = {
@@ -55,11 +58,16 @@ class Split(NamedTuple):
 
 
 class History(NamedTuple):
-    """Losses in nats per byte, held out with the steps done before, and seconds of each step."""
+    """Losses in nats per byte, held out with the steps done before, and seconds of each step.
+
+    The diagnostics are those of the last step before each held-out loss but the first; none for
+    the optimizers of Optax.
+    """
 
     train: list[float]
     held_out: list[tuple[int, float]]
     seconds: list[float]
+    diagnostics: list[dict[str, float]]
 
 
 def read_sources(root: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> dict[str, bytes]:
@@ -163,19 +171,20 @@ def loss_fn(model: Transformer, windows: jax.Array) -> jax.Array:
 evaluate = nnx.jit(loss_fn)
 
 
-@nnx.jit(donate_argnums=(0, 1))
+@nnx.jit(donate_argnums=(0, 1), static_argnames="diagnose")
 def train_step(
-    model: Transformer, optimizer: nnx.Optimizer[Transformer], windows: jax.Array
-) -> jax.Array:
-    """Updates the model and the optimizer's state; returns the loss before the update."""
+    model: Transformer,
+    optimizer: nnx.Optimizer[Transformer],
+    windows: jax.Array,
+    diagnose: bool = False,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Updates model and optimizer; returns the loss before the update, and diagnostics if asked."""
     loss, gradients = nnx.value_and_grad(loss_fn)(model, windows)
-    optimizer.update(model, gradients)
-    return loss
-
-
-def matrices(params: Any) -> Any:
-    """The mask of weight decay: matrices decay, the vectors of LayerNorm do not."""
-    return jax.tree.map(lambda p: p.ndim >= 2, params)
+    updates = optimizer.update(model, gradients)
+    if not diagnose:
+        return loss, {}
+    params = nnx.state(model, nnx.Param)
+    return loss, adamaxw.diagnostics(updates, optimizer.opt_state, params)
 
 
 def warmup_and_cosine(peak: float, steps: int) -> optax.Schedule:
@@ -192,6 +201,7 @@ def train(
     steps: int,
     batch_size: int,
     seed: int,
+    diagnose: bool,
     console: Console,
 ) -> History:
     """Trains with a progress bar, until the end or until the loss is no longer finite."""
@@ -202,18 +212,21 @@ def train(
     count = max(1, HELD_OUT_BYTES // model.context)
     held_out = sample_windows(np.random.default_rng(0), as_array(split.held_out), count, length)
     state = nnx.Optimizer(model, optimizer, wrt=nnx.Param)
-    history = History([], [(0, float(evaluate(model, held_out)))], [])
+    history = History([], [(0, float(evaluate(model, held_out)))], [], [])
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("compiling", total=steps)
         for step in range(1, steps + 1):
             windows = sample_windows(rng, data, batch_size, length)
             start = time.perf_counter()
-            loss = float(train_step(model, state, windows))
+            loss, diagnostics = train_step(model, state, windows, diagnose)
+            loss = float(loss)
             history.seconds.append(time.perf_counter() - start)
             history.train.append(loss)
             if step * EVALUATIONS // steps > (step - 1) * EVALUATIONS // steps:
                 history.held_out.append((step, float(evaluate(model, held_out))))
+                if diagnose:
+                    history.diagnostics.append({k: float(x) for k, x in diagnostics.items()})
             speed = batch_size * model.context / history.seconds[-1]
             progress.update(task, advance=1, description=f"loss {loss:.3f}, {speed:,.0f} tokens/s")
             if not math.isfinite(loss):
@@ -221,18 +234,13 @@ def train(
     return history
 
 
-def parameter_table(model: Transformer) -> Table:
-    """Each parameter with its shape, dtype, number of elements, and whether it decays."""
-    params = nnx.as_pure(nnx.state(model, nnx.Param))
-    numbers = Column("number", justify="right")
-    table = Table("parameter", "shape", "dtype", numbers, "decays", show_footer=True)
-    decays = jax.tree.leaves(matrices(params))
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    for (path, p), decay in zip(leaves, decays, strict=True):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        table.add_row(name, str(p.shape), str(p.dtype), f"{p.size:,}", "yes" if decay else "no")
-    table.columns[0].footer = "total"
-    numbers.footer = f"{sum(p.size for _, p in leaves):,}"
+def diagnostics_table(history: History) -> Table:
+    """What the optimizer did at each evaluation, beside the held-out loss."""
+    names = history.diagnostics[0]
+    table = Table("step", "held out", *(name.replace("_", " ") for name in names))
+    rows = zip(history.held_out[1:], history.diagnostics, strict=True)
+    for (step, loss), diagnostics in rows:
+        table.add_row(str(step), f"{loss:.4f}", *(f"{diagnostics[name]:.3g}" for name in names))
     return table
 
 
@@ -283,15 +291,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"{name.replace('_', ' ')}: {len(sources)} files, {size:,} bytes")
     width = HEAD_SIZE * args.heads
     model = Transformer(width, args.layers, args.context, args.dtype, nnx.Rngs(args.seed))
-    console.print(parameter_table(model))
+    params = nnx.as_pure(nnx.state(model, nnx.Param))
+    console.print(adamaxw.masks.describe(params, adamaxw.masks.matrices))
 
     schedule = warmup_and_cosine(args.learning_rate, args.steps)
     make = OPTIMIZERS[args.optimizer]
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
-        make(schedule, weight_decay=args.weight_decay, mask=matrices, **options),
+        make(schedule, weight_decay=args.weight_decay, mask=adamaxw.masks.matrices, **options),
     )
-    params = nnx.as_pure(nnx.state(model, nnx.Param))
     number = sum(p.size for p in jax.tree.leaves(params))
     state = optimizer.init(params)
     console.print(
@@ -299,11 +307,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{bytes_a_parameter(state, number):.2f} for the optimizer's state"
     )
     start = time.perf_counter()
-    history = train(model, optimizer, split, args.steps, args.batch_size, args.seed, console)
+    diagnose = args.optimizer == "adamaxw"
+    history = train(
+        model, optimizer, split, args.steps, args.batch_size, args.seed, diagnose, console
+    )
     seconds = time.perf_counter() - start
     if not math.isfinite(history.train[-1]):
         parser.fail(f"diverged in step {len(history.train)}; try another --learning-rate")
 
+    if diagnose:
+        console.print(diagnostics_table(history))
     table = Table("held-out loss", "nats per byte", "bits per byte")
     for name, (_, loss) in (("before", history.held_out[0]), ("after", history.held_out[-1])):
         table.add_row(f"{name} training", f"{loss:.4f}", f"{loss / math.log(2):.4f}")

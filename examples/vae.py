@@ -28,6 +28,8 @@ from rich.table import Column, Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from adamaxw import masks
+
 PIXELS = 64
 TRIALS = 16
 LOG_BINOMIAL = np.log([math.comb(TRIALS, k) for k in range(TRIALS + 1)]).astype(np.float32)
@@ -107,11 +109,6 @@ def train_epoch(
     keys = jax.random.split(key, len(batches))
     (arrays, state), losses = jax.lax.scan(step, (arrays, state), (batches, keys))
     return eqx.combine(arrays, static), state, jnp.mean(losses)
-
-
-def matrices(params: Any) -> Any:
-    """The mask of weight decay: weight matrices decay, biases do not."""
-    return jax.tree.map(lambda param: param.ndim >= 2, params)
 
 
 def digits() -> tuple[jax.Array, jax.Array]:
@@ -201,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     parser.folder(args.output)
     make = OPTIMIZERS[args.optimizer]
-    optimizer = make(args.learning_rate, weight_decay=args.weight_decay, mask=matrices)
+    optimizer = make(args.learning_rate, weight_decay=args.weight_decay, mask=masks.matrices)
 
     images, held_out = digits()
     console = Console()

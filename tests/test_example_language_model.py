@@ -45,6 +45,7 @@ def test_trains_and_draws(optimizer, dtype, tmp_path, capsys):
     assert "head/kernel" in printed.out
     assert dtype in printed.out
     assert "tokens" in printed.out
+    assert ("at floor" in printed.out) == (optimizer == "adamaxw")
     assert printed.err == ""
     assert matplotlib.image.imread(tmp_path / "loss.png", "png").shape[:2] == (600, 960)
 

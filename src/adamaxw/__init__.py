@@ -1,8 +1,10 @@
 """AdamaxW for JAX: Adamax with decoupled weight decay, as an Optax gradient transformation."""
 
+from adamaxw import masks as masks
 from adamaxw import moments as moments
+from adamaxw._diagnostics import diagnostics as diagnostics
 from adamaxw._optimizer import AdamaxState as AdamaxState
 from adamaxw._optimizer import adamax as adamax
 from adamaxw._optimizer import adamaxw as adamaxw
 
-__all__ = ["AdamaxState", "adamax", "adamaxw", "moments"]
+__all__ = ["AdamaxState", "adamax", "adamaxw", "diagnostics", "masks", "moments"]

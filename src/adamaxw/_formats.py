@@ -82,6 +82,10 @@ class Format(Protocol):
         """The first of the two over the second."""
         ...
 
+    def saturated(self, mu: jax.Array, nu: jax.Array) -> dict[str, jax.Array]:
+        """Which norms are at the upper bound of the format, as 'saturated', if it has one."""
+        ...
+
     def step(
         self,
         g: jax.Array,
@@ -160,6 +164,11 @@ class Wide:
         del scale, dtype
         return mu / nu.astype(mu.dtype)
 
+    def saturated(self, mu: jax.Array, nu: jax.Array) -> dict[str, jax.Array]:
+        """See `Format`."""
+        del mu, nu
+        return {}
+
     step = _step_decoded
 
 
@@ -208,6 +217,11 @@ class BFloat16:
         """See `Format`."""
         m, u = self.decode(mu, nu, scale, dtype)
         return m / u
+
+    def saturated(self, mu: jax.Array, nu: jax.Array) -> dict[str, jax.Array]:
+        """See `Format`."""
+        del mu, nu
+        return {}
 
     step = _step_decoded
 
@@ -270,6 +284,10 @@ class Logarithmic:
         del nu, scale
         square = jnp.where(mu == -128, jnp.nan, self._square(mu))
         return (square * np.float32(self.peak / 127**2)).astype(dtype)
+
+    def saturated(self, mu: jax.Array, nu: jax.Array) -> dict[str, jax.Array]:
+        """See `Format`. What is not finite has the largest norm, too."""
+        return {"saturated": (nu == 255) & (mu != -128)}
 
     def step(
         self,

@@ -58,7 +58,7 @@ def zeros(params: Any, fmt: Format, param_rounding: ParamRounding) -> tuple[Any,
     """
 
     def place(path: jax.tree_util.KeyPath, p: Any) -> _Slots:
-        p = _as_array(p)
+        p = as_array(p)
         name = f"params{jax.tree_util.keystr(path)}"
         if _kind(p) is None:
             raise TypeError(
@@ -185,7 +185,7 @@ def side_by_side(
         if g is None:
             rows.append(Leaf(g, m, u, r, p, decay, None))
             continue
-        g, p = _as_array(g), _as_array(p)
+        g, p = as_array(g), as_array(p)
         kind = _stored_kind(m, u, fmt)
         if kind is not None and not _fits(g, m, kind):
             raise _misfit("gradients", updates, index, g, m, kind)
@@ -224,7 +224,7 @@ def map_moments(function: Callable[[Any, Any, Any], tuple[Any, Any]], mu: Any, n
     """
 
     def pair(path: jax.tree_util.KeyPath, m: Any, u: Any) -> _Slots:
-        m, u = _as_array(m), _as_array(u)
+        m, u = as_array(m), as_array(u)
         name = jax.tree_util.keystr(path)
         if _kind(m) is None or _kind(u) is None:
             raise TypeError(
@@ -250,6 +250,20 @@ def stored_format(mu: Any, nu: Any) -> Format | None:
 def is_float32_scalar(x: Any) -> bool:
     """Whether `x` is an array of dtype float32 and shape ()."""
     return getattr(x, "dtype", None) == jnp.float32 and x.shape == ()
+
+
+def as_array(x: Any) -> Any:
+    """`x` as an array, if it is a number or an array; else as it is."""
+    if isinstance(x, jax.Array):
+        return x
+    is_number = isinstance(x, (bool, int, float, complex, np.ndarray, np.generic))
+    converts = is_number and _kind(x) != "integer"
+    return jnp.asarray(x) if converts or hasattr(x, "__jax_array__") else x
+
+
+def is_numeric(x: Any) -> bool:
+    """Whether `x` is an array of numbers."""
+    return _kind(x) is not None
 
 
 def inexact(tree: Any) -> list[Any]:
@@ -362,14 +376,6 @@ _KINDS = {
 
 def _fits(x: Any, m: Any, kind: str) -> bool:
     return _kind(x) == kind and x.shape == m.shape
-
-
-def _as_array(x: Any) -> Any:
-    if isinstance(x, jax.Array):
-        return x
-    is_number = isinstance(x, (bool, int, float, complex, np.ndarray, np.generic))
-    converts = is_number and _kind(x) != "integer"
-    return jnp.asarray(x) if converts or hasattr(x, "__jax_array__") else x
 
 
 def _is_none(x: Any) -> bool:

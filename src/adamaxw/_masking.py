@@ -8,10 +8,11 @@ import optax
 from jax.core import Tracer
 
 from adamaxw._leaves import broadcast, describe
+from adamaxw._paths import pure
 
 _INJECTED = (
     ". optax.inject_hyperparams calls a callable mask as if it were a schedule, with the count for "
-    "params; keep it from that with static_args=('mask',)"
+    "params; keep it from that with static_args=('mask',), or choose from adamaxw.masks"
 )
 
 
@@ -53,6 +54,8 @@ def resolve_mask(mask: Any, params: optax.Params) -> Any:
     # A module with a __call__ can also be the tree: then it has boolean leaves.
     if callable(mask) and not any(map(_is_boolean, jax.tree.leaves(mask))):
         mask = mask(params)
+    # Flax NNX gives params with Variables to init and without them to update.
+    mask = pure(mask)
     booleans = jax.tree_util.tree_map_with_path(_as_bool, mask)
     return broadcast("mask", booleans, "params", params)
 
