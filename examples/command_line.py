@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--weight-decay", type=rate, default=weight_decay, help="of matrices")
         self.add_argument("--seed", type=integer_in(0, 2**32 - 1), default=0, help="of all chance")
         self.add_argument(
-            "--output", type=Path, default=Path(output), help="folder for the picture"
+            "--output", type=Path, default=Path(output), help="folder for what is written"
         )
 
     def add_low_precision(self) -> None:

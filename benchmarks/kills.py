@@ -1,0 +1,229 @@
+"""What `examples/resume.py` loses when its process is killed at random moments: nothing.
+
+The example is started, its whole process group killed with SIGKILL, and started again, until it has
+been killed as often as asked and is left to end. Moments are drawn from a seed: some while a
+checkpoint is being written, as its temporary folder shows, some while an old one is being deleted,
+some at any time from the start of Python on. Each restart must go on from a step that is at least
+the last which was reported as saved, and the end must have the parameters of an undisturbed run.
+Run it with
+
+    python benchmarks/kills.py    # kills 40 times, writes results/kills.json
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import results
+from versions import versions
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "kills.json"
+PROGRAM = HERE.parent / "examples" / "resume.py"
+STEPS, SAVE_EVERY = 2000, 10
+# Seconds for a process to end by itself.
+PATIENCE = 300
+
+
+class Survival(NamedTuple):
+    """What became of a run that was killed and restarted.
+
+    Attributes:
+        kills: how many.
+        restarts: for each, the step last reported as saved before it, and the one it went on from.
+        while_writing: how many kills left a checkpoint half written.
+        while_deleting: how many left one half deleted.
+        end: the last line of the run, with its checksum.
+    """
+
+    kills: int
+    restarts: list[tuple[int, int]]
+    while_writing: int
+    while_deleting: int
+    end: str
+
+
+def undisturbed(folder: Path, steps: int = STEPS) -> str:
+    """The last line of a run that nothing stops, in an empty folder."""
+    return killed(folder, 0, 0, steps).end
+
+
+def killed(folder: Path, kills: int, seed: int, steps: int = STEPS) -> Survival:
+    """Kills a run and starts it again.
+
+    Args:
+        folder: for its checkpoints and what it prints; empty.
+        kills: how often; fewer if it ends before.
+        seed: of the moments.
+        steps: of the run.
+
+    Raises:
+        RuntimeError: it failed without being killed; with the end of what it printed.
+    """
+    rng = random.Random(seed)
+    checkpoints = folder / "checkpoints"
+    restarts, left, safe = [], Counter(), 0
+    for start in range(kills + 1):
+        log = folder / f"{start}.txt"
+        before = _half_done(checkpoints)
+        process = _start(checkpoints, log, steps)
+        try:
+            if start < kills:
+                _wait_for_moment(process, checkpoints, rng)
+            else:
+                process.wait(PATIENCE)
+        finally:
+            if process.poll() is None:
+                # The group, so that nothing which it has started lives on.
+                os.killpg(process.pid, signal.SIGKILL)
+        status = process.wait(PATIENCE)
+        if status not in (0, -signal.SIGKILL):
+            end = log.read_text()[-2000:]
+            raise RuntimeError(f"seed {seed}, start {start}: status {status}: {end}")
+        # The lines that were printed to their end.
+        lines = log.read_text().split("\n")[:-1]
+        for line in lines:
+            if found := re.fullmatch(r"goes on from step (\d+)", line):
+                restarts.append((safe, int(found[1])))
+            elif line == "begins anew":
+                restarts.append((safe, 0))
+            elif found := re.fullmatch(r"saved step (\d+)", line):
+                safe = int(found[1])
+        if status == 0:
+            return Survival(start, restarts, left["writing"], left["deleting"], lines[-1])
+        left.update({how for how, _ in _half_done(checkpoints) - before})
+    raise AssertionError("the last process is not killed, or there is an error")
+
+
+def losses(survival: Survival, end: str) -> list[str]:
+    """What was lost, in words: nothing, if all is well."""
+    lost = [
+        f"went on from step {step}, though step {safe} had been saved"
+        for safe, step in survival.restarts
+        if step < safe
+    ]
+    return lost if survival.end == end else [*lost, f"ended with {survival.end}, not {end}"]
+
+
+def _start(checkpoints: Path, log: Path, steps: int) -> subprocess.Popen[Any]:
+    flags = ["--steps", str(steps), "--save-every", str(SAVE_EVERY), "--output", str(checkpoints)]
+    with log.open("w") as file:
+        return subprocess.Popen(
+            [sys.executable, str(PROGRAM), *flags],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _wait_for_moment(process: Any, checkpoints: Path, rng: random.Random) -> None:
+    """Returns at a random moment, or when the process has ended."""
+    how = rng.choices(("writing", "deleting", "any"), (6, 2, 2))[0]
+    saves, delay = rng.randint(1, 12), rng.uniform(0, 0.08)
+    if how == "any":
+        saves, delay = 0, rng.uniform(0, 8)
+    goal = _latest(checkpoints) + saves * SAVE_EVERY
+    _poll(process, lambda: _latest(checkpoints) >= goal)
+    if how != "any":
+        _poll(process, lambda: how in {half for half, _ in _half_done(checkpoints)})
+    if how == "deleting":
+        delay /= 20  # It takes that much less time.
+    until = time.monotonic() + delay
+    _poll(process, lambda: time.monotonic() > until)
+
+
+def _poll(process: Any, condition: Callable[[], bool]) -> None:
+    while process.poll() is None and not condition():
+        time.sleep(0.0005)
+
+
+def _names(checkpoints: Path) -> list[str]:
+    return os.listdir(checkpoints) if checkpoints.exists() else []
+
+
+def _steps(checkpoints: Path) -> set[str]:
+    return {name for name in _names(checkpoints) if name.isdecimal()}
+
+
+def _latest(checkpoints: Path) -> int:
+    return max(map(int, _steps(checkpoints)), default=0)
+
+
+def _half_done(checkpoints: Path) -> set[tuple[str, str]]:
+    """The folders that are half written or half deleted."""
+    deleted = {
+        ("deleting", name)
+        for name in _steps(checkpoints)
+        if not (checkpoints / name / "_CHECKPOINT_METADATA").exists()
+    }
+    return deleted | {("writing", name) for name in _names(checkpoints) if not name.isdecimal()}
+
+
+def summary(totals: dict[str, int]) -> str:
+    """What was found, on one line."""
+    return (
+        "{kills} kills, {while_writing} of them with a checkpoint half written, {while_deleting} "
+        "with one half deleted: {losses} losses".format(**totals)
+    )
+
+
+def main() -> None:
+    """Kills, prints what was lost, and writes the results."""
+    parser = argparse.ArgumentParser(description="Kill the training of examples/resume.py.")
+    parser.add_argument("--runs", type=int, default=4, help="each with a seed of its own")
+    parser.add_argument("--kills", type=int, default=10, help="of each run")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file to write")
+    args = parser.parse_args()
+    runs = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "undisturbed").mkdir()
+        end = undisturbed(folder / "undisturbed")
+        for seed in range(args.runs):
+            (folder / str(seed)).mkdir()
+            survival = killed(folder / str(seed), args.kills, seed)
+            runs.append(
+                {
+                    "seed": seed,
+                    "kills": survival.kills,
+                    "while_writing": survival.while_writing,
+                    "while_deleting": survival.while_deleting,
+                    "restarts": survival.restarts,
+                    "losses": losses(survival, end),
+                }
+            )
+    totals = {
+        key: sum(run[key] for run in runs) for key in ("kills", "while_writing", "while_deleting")
+    }
+    totals["losses"] = sum(len(run["losses"]) for run in runs)
+    orbax = importlib.metadata.version("orbax-checkpoint")
+    found = {
+        "command": "python benchmarks/kills.py",
+        "versions": f"orbax-checkpoint {orbax}, {versions()}",
+        "machine": results.machine(),
+        "undisturbed": end,
+        "totals": totals,
+        "runs": runs,
+    }
+    args.results.parent.mkdir(exist_ok=True)
+    rows = ",\n".join(f"  {json.dumps(run)}" for run in found.pop("runs"))
+    head = json.dumps(found, indent=1).removesuffix("\n}")
+    args.results.write_text(f'{head},\n "runs": [\n{rows}\n ]\n}}\n')
+    print(summary(totals))
+    sys.exit(totals["losses"] > 0)
+
+
+if __name__ == "__main__":
+    main()
