@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lowest bench clean
+.PHONY: demo test check lowest docs bench clean
 
 # The optimizer at work on real input: about two minutes on two cores; pictures in output/.
 demo: .venv/.installed
@@ -17,9 +17,15 @@ check: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# The tests of the package itself under the lower bounds of its dependencies.
+# The tests of the package itself under the lower bounds of its dependencies, where Flax warns.
 lowest: .venv-lowest/.installed
-	.venv-lowest/bin/python -m pytest -n auto tests src --ignore-glob='*test_example_*'
+	.venv-lowest/bin/python -m pytest -n auto tests src --ignore-glob='*test_example_*' \
+	  -W 'ignore:jax.array_ref:DeprecationWarning'
+
+# The documentation, in output/site: broken links and anchors are errors. The pages open from the
+# disk; their search needs a server, such as that of `mkdocs serve`.
+docs: .venv/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Speed beside the peers: half an hour or more on two cores; rewrites docs/benchmarks.md.
 bench: .venv/.bench

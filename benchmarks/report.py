@@ -242,7 +242,7 @@ def _runs(found: results.Results) -> list[str]:
         absent = ", ".join(name for name, v in packages.items() if not v)
         device = "" if machine["backend"] == "cpu" else f", {machine['device']}"
         lines += [
-            f"{key}. `{run['command']}`, {run['date']}: {machine['cpu']}, "
+            f"- Run {key}: `{run['command']}`, {run['date']}: {machine['cpu']}, "
             f"{machine['architecture']}, {machine['cores']} cores, {machine['memory_gb']} GB"
             f"{device}; load before the start {run['load']}; backend {machine['backend']}; "
             + installed
@@ -281,15 +281,19 @@ def body(found: results.Results, *, plot: bool = False) -> list[str]:
     return [*lines, *_runs(found)]
 
 
+def _below(lines: list[str]) -> list[str]:
+    return [f"#{line}" if line.startswith("#") else line for line in lines]
+
+
 def page(
     cpu: results.Results, wide: results.Results | None = None, gpu: results.Results | None = None
 ) -> str:
     """The whole page, in Markdown, of the results on a CPU, with 512-bit vectors, on a GPU."""
     lines = [*_INTRODUCTION.splitlines(), "", *_METHOD.splitlines(), "", *body(cpu, plot=True)]
     if wide is not None:
-        lines += ["# With vectors of 512 bits", "", *body(wide)]
+        lines += ["## With vectors of 512 bits", "", *_below(body(wide))]
     if gpu is not None:
-        lines += ["# On a GPU", "", *body(gpu)]
+        lines += ["## On a GPU", "", *_below(body(gpu))]
     return "\n".join([*lines, *_not_run(cpu)]).rstrip() + "\n"
 
 

@@ -58,7 +58,7 @@ def adamaxw(
 ) -> optax.GradientTransformationExtraArgs:
     """Adamax with decoupled weight decay.
 
-    At step t = 1, 2, ... a parameter p with gradient g becomes::
+    At step t = 1, 2, ... a parameter p with gradient g becomes
 
         m_t = b1 m_{t-1} + (1 - b1) g_t
         u_t = max(b2 u_{t-1}, |g_t| + eps)

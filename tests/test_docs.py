@@ -1,0 +1,96 @@
+"""The documentation as a whole: its navigation, its links, the site made of it."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import adamaxw
+
+_ROOT = Path(__file__).parents[1]
+_PAGES = sorted((_ROOT / "docs").glob("*.md"))
+_TEXTS = [*sorted(_ROOT.glob("*.md")), *_PAGES]
+
+
+def _prose(path):
+    """The text of a page without its code."""
+    text = re.sub(r"^( *)```.*?^\1```$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", lambda code: code[0].replace("](", ""), text)
+
+
+def _anchors(path):
+    """The anchors of the headings of a page, as GitHub and the site name them."""
+    headings = re.findall(r"^#+ (.*)$", _prose(path), re.M)
+    return {
+        re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings
+    }
+
+
+def _public_names():
+    """The path of each public name, module by module."""
+    for name in adamaxw.__all__:
+        yield f"adamaxw.{name}"
+        if isinstance(module := getattr(adamaxw, name), ModuleType):
+            for inner, value in vars(module).items():
+                is_own = getattr(value, "__module__", None) == module.__name__
+                if is_own and not inner.startswith("_"):
+                    yield f"adamaxw.{name}.{inner}"
+
+
+def test_every_page_is_in_the_navigation_once():
+    """A page that nothing leads to is not written; a place without a page is not promised."""
+    navigation = re.findall(r"^ +- .+: (\S+\.md)$", (_ROOT / "mkdocs.yml").read_text("utf-8"), re.M)
+    assert sorted(navigation) == [page.name for page in _PAGES]
+
+
+@pytest.mark.parametrize("path", _TEXTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    """Every relative link of a page names a file that is there, and a heading that it has."""
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", _prose(path)):
+        file, _, anchor = target.partition("#")
+        if re.match(r"https?:", target):
+            continue
+        found = (path.parent / file).resolve() if file else path
+        if not found.is_file() or (anchor and anchor not in _anchors(found)):
+            broken.append(target)
+    assert not broken
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The built site; a warning is an error."""
+    for name in ("mkdocs", "material", "mkdocstrings_handlers.python"):
+        pytest.importorskip(name, reason="needs the extra `docs`")
+    path = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(path)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return path
+
+
+def test_site_documents_every_public_name(site):
+    """Names without a docstring have no entry."""
+    entries = re.findall(r'id="(adamaxw[\w.]*)"', (site / "api.html").read_text(encoding="utf-8"))
+    assert set(_public_names()) <= set(entries)
+
+
+def test_site_loads_nothing_from_elsewhere(site):
+    """No script, style, font or image of another host: the site works without a network."""
+    loads = (
+        r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=[\"']?((?:https?:)?//[^\"'> ]+)"
+    )
+    imports = r"(?:url\([\"']?|@import\s+[\"'])((?:https?:)?//[^\"')]+)"
+    found = [
+        target
+        for path in site.rglob("*")
+        for pattern in {".html": [loads, imports], ".css": [imports]}.get(path.suffix, [])
+        for target in re.findall(pattern, path.read_text(encoding="utf-8"))
+    ]
+    assert (site / "index.html").is_file()
+    assert not found
