@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from equality import types_of
+from equality import assert_equal, types_of
+from flax import nnx
 from gradients import gradients
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -84,13 +85,13 @@ def _distance(params, others, start):
 
 
 def test_what_is_public():
-    """Two functions of states, one of masters, and the tuple."""
+    """Functions of states, of those of others, of masters, and the tuple."""
     public = {
         name
         for name, value in vars(moments).items()
         if not name.startswith("_") and getattr(value, "__module__", None) == moments.__name__
     }
-    assert public == {"Moments", "unpack", "pack", "master_params"}
+    assert public == {"Moments", "unpack", "pack", "convert", "from_torch", "master_params"}
     assert Moments._fields == ("count", "mu", "nu", "residual")
     assert str(inspect.signature(moments.pack)).count("eps") == 1
 
@@ -486,3 +487,16 @@ def test_master_params_of_what_is_no_array_is_refused():
         moments.master_params({"a": 1.0}, state)
     with pytest.raises(ValueError, match=r"params and state\.residual differ in structure"):
         moments.master_params({"b": jnp.ones(2, jnp.bfloat16)}, state)
+
+
+def test_of_flax_nnx():
+    """The state and params of `nnx.Optimizer` hold Variables; what is read from them does not."""
+    model = nnx.Linear(3, 2, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    opt = adamaxw.adamaxw(1e-3, moment_dtype="uint8", param_rounding="exact")
+    optimizer = nnx.Optimizer(model, opt, wrt=nnx.Param)
+    params, state = nnx.state(model, nnx.Param), optimizer.opt_state
+    pure_params, pure_state = nnx.as_pure(params), nnx.as_pure(state)
+    assert_equal(moments.unpack(state), moments.unpack(pure_state))
+    masters = moments.master_params(params, state)
+    assert_equal(masters, moments.master_params(pure_params, pure_state))
+    assert masters["kernel"].dtype == jnp.float32

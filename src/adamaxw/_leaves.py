@@ -321,7 +321,7 @@ def _spoiled(updates: Any, index: int, g: Any, m: Any, u: Any, fmt: Format) -> E
     return TypeError(
         f"state.mu{path} and state.nu{path} must be as init makes them, {expected} of shape "
         f"{g.shape}, got {describe(m)} and {describe(u)}. A state made with another moment_dtype "
-        "is converted by adamaxw.moments.pack(adamaxw.moments.unpack(state), moment_dtype)"
+        "is converted by adamaxw.moments.convert"
     )
 
 

@@ -271,7 +271,8 @@ def _check(state: Any, fmt: _formats.Format) -> None:
     """Refuses what is no state, or one without what belongs to no leaf."""
     if not isinstance(state, AdamaxState):
         raise TypeError(
-            f"state must be the AdamaxState that init returned, got a {type(state).__name__}"
+            f"state must be the AdamaxState that init returned, got a {type(state).__name__}; that "
+            "of optax.adamaxw is converted by adamaxw.moments.convert"
         )
     if getattr(state.count, "dtype", None) not in (jnp.int32, jnp.int64):
         raise TypeError(f"state.count must be int32, got {_leaves.describe(state.count)}")
@@ -282,7 +283,7 @@ def _check(state: Any, fmt: _formats.Format) -> None:
         raise TypeError(
             f"state.nu_scale must be {expected} with moment_dtype={fmt.name}, got "
             f"{_leaves.describe(scale)}. A state made with another moment_dtype is converted by "
-            "adamaxw.moments.pack(adamaxw.moments.unpack(state), moment_dtype)"
+            "adamaxw.moments.convert"
         )
 
 

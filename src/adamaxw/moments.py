@@ -3,12 +3,14 @@
 A state describes itself, so that nothing else is asked: not the optimizer, not its arguments.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
-from adamaxw import _formats, _hyperparameters, _leaves, _rounding
+from adamaxw import _conversion, _formats, _hyperparameters, _leaves, _paths, _rounding, _torch
 from adamaxw._optimizer import AdamaxState
 
 
@@ -33,7 +35,8 @@ def unpack(state: AdamaxState) -> Moments:
     """The moments of a state, whatever its format.
 
     Args:
-        state: an `AdamaxState`; inside a chain it is one element of the state. It may be traced.
+        state: an `AdamaxState`; inside a chain it is one element of the state. It may be traced,
+            and may hold Variables of Flax NNX, which are left out.
 
     Returns:
         The moments. With `moment_dtype="uint8"`, `nu` is at least about eps, also before the first
@@ -51,6 +54,7 @@ def unpack(state: AdamaxState) -> Moments:
         3.79 0.11
     """
     _check_state(state)
+    state = _paths.pure(state)
 
     def decode(path: Any, mu: Any, nu: Any) -> tuple[Any, Any]:
         fmt = _leaves.stored_format(mu, nu)
@@ -129,11 +133,144 @@ def pack(
     return AdamaxState(count, mu, nu, scale, moments.residual)
 
 
+def convert(state: Any, like: Any) -> Any:
+    """The state of the optimizer that ran, for another optimizer to go on with.
+
+    Moments are converted wherever they lie in a tree of wrappers: states of `adamaxw` and `adamax`,
+    ours in any format and Optax's, in either direction. Everything else is kept as it is, such as
+    what `optax.MultiSteps` has accumulated and the hyperparameters of `optax.inject_hyperparams`.
+
+    Args:
+        state: the state of the optimizer that ran. It may be traced. `Moments` go to the one place
+            in `like` that is for moments, where everything else is taken from `like`.
+        like: a state that `init` of the optimizer that goes on has made for the same parameters.
+            Of its values only `nu_scale` is used, which says eps, and must be an array, traced too
+            (it is None with `moment_dtype=None`); the others may be `jax.ShapeDtypeStruct`.
+
+    Returns:
+        The state in the structure and dtypes of `like`; arrays lie where those of `state` lie, or
+        are those of `state`. Values are rounded to the nearest; a format that stays is not
+        rounded. A residual is kept, or starts from zeros where `state` has none.
+
+    Raises:
+        TypeError: at a place of moments is the state of another optimizer, or a leaf that cannot
+            be kept; names the path.
+        ValueError: the trees differ in structure, or leaves in shape; `state` is one of Optax's
+            adam (known only from its values, so not where they are traced) or its schedules do not
+            stand at its count; a residual or a moment has no place in `like`. Names the path.
+
+    Examples:
+        >>> import adamaxw
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> params = jnp.ones(3)
+        >>> state = optax.chain(optax.clip(1.0), optax.adamaxw(1e-3)).init(params)
+        >>> opt = optax.chain(optax.clip(1.0), adamaxw.adamaxw(1e-3, moment_dtype="uint8"))
+        >>> state = adamaxw.moments.convert(state, opt.init(params))
+        >>> print(state[1].count, state[1].nu.dtype)
+        0 uint8
+    """
+    state, goal = _paths.pure(state), _paths.pure(like)
+    if isinstance(state, Moments):
+        state = _conversion.put(pack(state), goal)
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        if isinstance(x, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"state{jax.tree_util.keystr(path)} must be an array, got {x}; the types alone are "
+                "those of like, and jax.eval_shape(lambda state: convert(state, like), state)"
+            )
+    new = _conversion.convert(state, goal, _in_format_of)
+    return jax.tree.structure(like).unflatten(jax.tree.leaves(new))
+
+
+def from_torch(
+    state: Mapping[str, Any],
+    params: Any,
+    names: Mapping[str, int | str | None],
+    transposes: Mapping[str, tuple[int, ...]] | None = None,
+) -> Moments:
+    """The moments in a state of `torch.optim.Adamax`.
+
+    Args:
+        state: its `state_dict()`, with `tensor.numpy()` in place of each tensor; or a dict without
+            dicts in it, as from `safetensors.numpy.load_file`, with keys such as
+            "state.0.exp_avg" or "state.dense.weight.exp_avg", that end in exp_avg, exp_inf and
+            step. docs/conversions.md has the lines that write either.
+        params: the parameters, arrays or `jax.ShapeDtypeStruct`.
+        names: which parameter of `state` each leaf of params is: from its path, the keys joined by
+            "/" as in "dense/kernel", to the number of the parameter, or to its name where `state`
+            has names. None: `state` has nothing of it, and it starts from zeros. Integer leaves
+            need no name.
+        transposes: from the path of a leaf to the axes, as in `np.transpose`, that bring the
+            parameter of PyTorch to the shape of the leaf: (1, 0) for a dense kernel of Flax,
+            (2, 3, 1, 0) for one of a convolution.
+
+    Returns:
+        The moments, float32 (float64 for float64 params), placed like params: for `convert`, or
+        `pack`.
+
+    Raises:
+        TypeError: an array is a tensor of PyTorch or something else, or not real.
+        ValueError: names or transposes do not fit params or `state`, with nothing left over in any;
+            a shape differs; parameters have done different numbers of steps; or `state` is one of
+            Adam.
+
+    Examples:
+        >>> import adamaxw
+        >>> import numpy as np
+        >>> slots = {"step": 7, "exp_avg": np.ones((2, 3)), "exp_inf": np.full((2, 3), 2.0)}
+        >>> params = {"kernel": np.ones((3, 2), np.float32)}
+        >>> moments = adamaxw.moments.from_torch(
+        ...     {"state": {0: slots}}, params, {"kernel": 0}, {"kernel": (1, 0)}
+        ... )
+        >>> print(moments.count, moments.nu["kernel"].shape)
+        7 (3, 2)
+    """
+    return Moments(*_torch.read(state, params, names, transposes or {}))
+
+
+def _in_format_of(state: AdamaxState, like: AdamaxState, like_name: str) -> AdamaxState:
+    """See `_conversion.Reformat`."""
+
+    def types(state: AdamaxState) -> Any:
+        return state.nu_scale is None, [x.dtype for x in jax.tree.leaves((state.mu, state.nu))]
+
+    if types(state) == types(like):
+        return state
+    moments = unpack(state)
+    # Those of leaves that do not train have one dtype, an integer.
+    formats = {
+        _leaves.stored_format(m, u)
+        for m, u in zip(jax.tree.leaves(like.mu), jax.tree.leaves(like.nu), strict=True)
+        if m.dtype != u.dtype or jnp.issubdtype(m.dtype, jnp.inexact)
+    }
+    if not formats:
+        return state._replace(nu_scale=like.nu_scale)
+    fmt = formats.pop()
+    if formats or fmt is None or fmt.has_scale != (like.nu_scale is not None):
+        raise TypeError(f"{like_name} is no state that init has made: its moments have no format")
+    eps = 1e-8 if like.nu_scale is None else like.nu_scale
+    if isinstance(eps, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"{like_name}.nu_scale must be an array, which says eps, got {eps}. Without the memory "
+            "for a state: jax.jit(lambda state, params: convert(state, opt.init(params)))"
+        )
+    new = pack(moments, fmt.name, eps if isinstance(eps, Tracer) else float(eps))
+
+    def cast(x: Any, y: Any) -> Any:
+        return x.astype(y.dtype)
+
+    return new._replace(
+        mu=jax.tree.map(cast, new.mu, like.mu), nu=jax.tree.map(cast, new.nu, like.nu)
+    )
+
+
 def master_params(params: Any, state: AdamaxState) -> Any:
     """The float32 weights of a run with `param_rounding="exact"`.
 
     Args:
-        params: the parameters that go with the state.
+        params: the parameters that go with the state; like it they may hold Variables of Flax NNX,
+            which are left out.
         state: an `AdamaxState`; inside a chain it is one element of the state.
 
     Returns:
@@ -145,6 +282,7 @@ def master_params(params: Any, state: AdamaxState) -> Any:
         ValueError: params and the state's residual differ in structure or shapes.
     """
     _check_state(state)
+    params, state = _paths.pure(params), _paths.pure(state)
     if state.residual is None:
         return params
 

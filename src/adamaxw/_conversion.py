@@ -1,0 +1,211 @@
+"""Two states of programs side by side: which parts of them are moments, and what is kept.
+
+Moments may lie anywhere in a tree of wrappers, as states of ours or of Optax.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import SequenceKey, keystr
+
+from adamaxw import _leaves, _optax_state
+from adamaxw._optimizer import AdamaxState
+
+# From `state` and `like`, whose moments belong to the same parameters and whose residuals are None,
+# to `state` in the format of `like`; given the name of `like` for errors.
+Reformat = Callable[[AdamaxState, AdamaxState, str], AdamaxState]
+
+
+def convert(state: Any, like: Any, reformat: Reformat, path: tuple[Any, ...] = ()) -> Any:
+    """See `moments.convert`.
+
+    Args:
+        state: that of the optimizer that ran, or the part of it at `path`.
+        like: what stands there in the other state.
+        reformat: how one `AdamaxState` is converted.
+        path: where in the state.
+    """
+    if isinstance(state, AdamaxState) or isinstance(like, AdamaxState):
+        return _convert_moments(state, like, reformat, keystr(path))
+    if type(state) is type(like) is tuple and len(state) != len(like):
+        return _convert_chain(state, like, reformat, path)
+    parts, treedef = _parts(state)
+    others, other_treedef = _parts(like)
+    if treedef != other_treedef:
+        raise _differ(state, like, keystr(path))
+    if jax.tree_util.treedef_is_leaf(treedef):
+        return _kept(state, like, keystr(path))
+    return treedef.unflatten(
+        convert(part, other, reformat, path + key)
+        for (key, part), (_, other) in zip(parts, others, strict=True)
+    )
+
+
+def put(moments: AdamaxState, like: Any) -> Any:
+    """`like` with other moments.
+
+    Raises:
+        ValueError: it has not one place for them, but none or several.
+    """
+
+    def is_place(node: Any) -> bool:
+        return isinstance(node, AdamaxState) or _optax_state.is_state(node)
+
+    leaves, treedef = jax.tree.flatten(like, is_leaf=is_place)
+    places = [i for i, leaf in enumerate(leaves) if is_place(leaf)]
+    if len(places) != 1:
+        raise ValueError(
+            "like must have the state of one adamaxw or adamax for Moments to go to, got "
+            f"{len(places)}"
+        )
+    leaves[places[0]] = moments
+    return treedef.unflatten(leaves)
+
+
+def _parts(node: Any) -> tuple[list[Any], Any]:
+    """The parts of a node with their keys, and what the node itself is."""
+    return jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
+
+
+def _convert_chain(state: Any, like: Any, reformat: Reformat, path: tuple[Any, ...]) -> Any:
+    """The same for two chains, one of them longer: `scale_by_adamax` and more stand in it for ours.
+
+    As in `chain(clip, scale_by_adamax(), add_decayed_weights(wd), scale_by_learning_rate(lr))`
+    beside `chain(clip, adamaxw(lr, weight_decay=wd))`.
+    """
+    longer, more = max(state, like, key=len), abs(len(state) - len(like))
+    places = [i for i, part in enumerate(longer) if isinstance(part, optax.ScaleByAdamState)]
+    if len(places) != 1 or places[0] + more >= len(longer):
+        raise _differ(state, like, keystr(path))
+    (i,) = places
+    end = i + more + 1
+    nested = (*longer[:i], longer[i:end], *longer[end:])
+    is_state_longer = longer is state
+    keys = [j for j in range(len(state)) if not (is_state_longer and i < j < end)]
+    pairs = zip(nested, like, strict=True) if is_state_longer else zip(state, nested, strict=True)
+    new = [
+        convert(part, other, reformat, (*path, SequenceKey(key)))
+        for key, (part, other) in zip(keys, pairs, strict=True)
+    ]
+    return tuple(new) if is_state_longer else (*new[:i], *new[i], *new[i + 1 :])
+
+
+def _convert_moments(state: Any, like: Any, reformat: Reformat, where: str) -> Any:
+    name, other_name = f"state{where}", f"like{where}"
+    for each, node in ((name, state), (other_name, like)):
+        if not isinstance(node, AdamaxState) and not _optax_state.is_state(node):
+            raise TypeError(f"no state of adamaxw or adamax at {each}, but {_describe(node)}")
+    source = state if isinstance(state, AdamaxState) else _optax_state.widened(state)
+    is_ours = isinstance(like, AdamaxState)
+    goal = like if is_ours else jax.eval_shape(_optax_state.widened, like)
+    count = source.count
+    if jnp.shape(count) != () or not jnp.issubdtype(jnp.result_type(count), jnp.integer):
+        raise TypeError(f"{name}.count must be an integer, got {_leaves.describe(count)}")
+    if getattr(count, "dtype", None) != jnp.int32:
+        source = source._replace(count=jnp.asarray(count, jnp.int32))
+    _check_alike(name, source, other_name, goal)
+    if not isinstance(state, AdamaxState):
+        _optax_state.check(name, state)
+    residual = _residual(name, source, other_name, goal)
+    new = reformat(source._replace(residual=None), goal._replace(residual=None), other_name)
+    new = new._replace(residual=residual)
+    return new if is_ours else _optax_state.written(other_name, new, like)
+
+
+def _check_alike(name: str, state: AdamaxState, other_name: str, like: AdamaxState) -> None:
+    """Refuses moments that do not belong to the same parameters."""
+    for part in ("mu", "nu"):
+        here, there = f"{name}.{part}", f"{other_name}.{part}"
+        tree, other = getattr(state, part), getattr(like, part)
+        _leaves.broadcast(here, tree, there, other)
+        _leaves.broadcast(there, other, here, tree)
+    rows = zip(
+        jax.tree_util.tree_leaves_with_path(state.mu),
+        *map(jax.tree.leaves, (state.nu, like.mu, like.nu)),
+        strict=True,
+    )
+    for (path, m), u, other_m, other_u in rows:
+        leaf = keystr(path)
+        for x in (m, u):
+            if not hasattr(x, "dtype"):
+                raise TypeError(
+                    f"{name}.mu{leaf} and .nu{leaf} must be arrays, got {_leaves.describe(x)}"
+                )
+        if not m.shape == u.shape == other_m.shape == other_u.shape:
+            raise ValueError(
+                f"{name}.mu{leaf} and .nu{leaf} have shapes {m.shape} and {u.shape}, those of "
+                f"{other_name} {other_m.shape} and {other_u.shape}"
+            )
+        kind, other_kind = _kind(m, u), _kind(other_m, other_u)
+        if kind != other_kind:
+            raise TypeError(
+                f"{name}.mu{leaf} is {m.dtype}, of a parameter that is {kind}, and "
+                f"{other_name}.mu{leaf} {other_m.dtype}, of one that is {other_kind}"
+            )
+
+
+def _kind(m: Any, u: Any) -> str:
+    if jnp.issubdtype(m.dtype, jnp.complexfloating):
+        return "complex"
+    trains = m.dtype != u.dtype or jnp.issubdtype(m.dtype, jnp.inexact)
+    return "real" if trains else str(m.dtype)
+
+
+def _residual(name: str, state: AdamaxState, other_name: str, like: AdamaxState) -> Any:
+    """The residual of `state`, zeros where only `like` has one."""
+    treedef = jax.tree.structure(state.mu)
+
+    def leaves(tree: Any) -> list[Any]:
+        return [None] * treedef.num_leaves if tree is None else treedef.flatten_up_to(tree)
+
+    rows = zip(
+        jax.tree_util.tree_leaves_with_path(state.mu),
+        leaves(state.residual),
+        leaves(like.residual),
+        strict=True,
+    )
+    new = []
+    for (path, m), old, goal in rows:
+        if old is not None and (goal is None or (old.shape, old.dtype) != (m.shape, goal.dtype)):
+            raise ValueError(
+                f"{name}.residual{keystr(path)} holds the low bits of float32 weights, for which "
+                f"{other_name} has no place: take the weights from adamaxw.moments.master_params "
+                "and go on with them, or give the bits up by state._replace(residual=None)"
+            )
+        zeros = None if goal is None else jnp.zeros_like(m, dtype=goal.dtype)
+        new.append(zeros if old is None else old)
+    return None if like.residual is None else treedef.unflatten(new)
+
+
+def _kept(x: Any, like: Any, where: str) -> Any:
+    """A leaf that is no moment, as it is."""
+    if not hasattr(like, "dtype"):
+        return x
+    if isinstance(x, (bool, int, float, complex)):
+        # Such as a learning rate set by hand: a number has no dtype of its own.
+        if like.shape == () and jnp.result_type(x, like.dtype) == like.dtype:
+            return jnp.asarray(x, like.dtype)
+    elif (getattr(x, "shape", None), getattr(x, "dtype", None)) == (like.shape, like.dtype):
+        return x
+    raise TypeError(
+        f"state{where} is no moment and would be kept as it is, but it is {_leaves.describe(x)} "
+        f"where like{where} is {_leaves.describe(like)}: replace it in state first"
+    )
+
+
+def _differ(state: Any, like: Any, where: str) -> Exception:
+    return ValueError(
+        f"state{where} and like{where} differ in structure: {_describe(state)} and "
+        f"{_describe(like)}"
+    )
+
+
+def _describe(node: Any) -> str:
+    if type(node) is tuple:
+        return f"a tuple of {', '.join(type(part).__name__ for part in node) or 'nothing'}"
+    if isinstance(node, dict):
+        return f"a dict of {', '.join(map(repr, node)) or 'nothing'}"
+    return f"a {type(node).__name__}"
