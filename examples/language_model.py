@@ -291,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"{name.replace('_', ' ')}: {len(sources)} files, {size:,} bytes")
     width = HEAD_SIZE * args.heads
     model = Transformer(width, args.layers, args.context, args.dtype, nnx.Rngs(args.seed))
-    params = nnx.as_pure(nnx.state(model, nnx.Param))
+    params = nnx.state(model, nnx.Param)
     console.print(adamaxw.masks.describe(params, adamaxw.masks.matrices))
 
     schedule = warmup_and_cosine(args.learning_rate, args.steps)

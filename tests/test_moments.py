@@ -13,7 +13,7 @@ from flax import nnx
 from gradients import gradients
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from modes import apply_updates, x64
+from modes import apply_updates, as_pure, x64
 from oracle import octaves
 
 import adamaxw
@@ -495,7 +495,7 @@ def test_of_flax_nnx():
     opt = adamaxw.adamaxw(1e-3, moment_dtype="uint8", param_rounding="exact")
     optimizer = nnx.Optimizer(model, opt, wrt=nnx.Param)
     params, state = nnx.state(model, nnx.Param), optimizer.opt_state
-    pure_params, pure_state = nnx.as_pure(params), nnx.as_pure(state)
+    pure_params, pure_state = as_pure(params), as_pure(state)
     assert_equal(moments.unpack(state), moments.unpack(pure_state))
     masters = moments.master_params(params, state)
     assert_equal(masters, moments.master_params(pure_params, pure_state))

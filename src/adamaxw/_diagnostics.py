@@ -47,7 +47,8 @@ def diagnostics(
         Fractions are of the elements that train; in a group where none does, they are 0.
 
     Raises:
-        TypeError: no `AdamaxState` is found in `state`, or a leaf is no array; names the path.
+        TypeError: updates are None, no `AdamaxState` is found in `state`, or a leaf is no array;
+            names the path.
         TypeError, ValueError: eps is out of bounds, as in `adamaxw`.
 
     Examples:
@@ -64,6 +65,8 @@ def diagnostics(
         update_to_weight 0.408
         at_floor         0.500
     """
+    if updates is None:
+        raise TypeError("updates must be what update returned, got None")
     floor = _hyperparameters.checked("eps", eps) * _AT_FLOOR
     squares = {
         "update_norm": _squares("updates", updates),
