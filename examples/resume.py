@@ -6,6 +6,8 @@ checkpoint, also after `kill -9` in the middle of saving, and ends with the para
 nothing stopped. Start it, stop it at any moment, and start it again::
 
     python examples/resume.py
+
+The folder is for one run: others in it with numbers for names are taken for its checkpoints.
 """
 
 import hashlib
@@ -103,16 +105,19 @@ def restore(checkpoints: ocp.training.Checkpointer, abstract: Run, flags: dict[s
     assert checkpoints.latest is not None
     step = checkpoints.latest.step
     place = checkpoints.directory / str(step)
-    damaged = ValueError(
-        f"{place} is damaged: move it away to go on from the checkpoint before it, or pass another "
-        "--output to begin anew"
-    )
-    # Of what is damaged, Orbax raises almost anything.
+
+    def damaged(why: str) -> ValueError:
+        return ValueError(
+            f"{place} is damaged or cannot be read ({why}): move it away to go on from the "
+            "checkpoint before it, or pass another --output to begin anew"
+        )
+
     try:
         saved: Any = checkpoints.metadata(step).custom_metadata
         passed = saved["flags"]
+    # Of what is damaged, Orbax raises almost anything.
     except Exception as error:
-        raise damaged from error
+        raise damaged(type(error).__name__) from error
     if passed != flags:
         words = (f"--{name.replace('_', '-')} {value}" for name, value in passed.items())
         raise ValueError(
@@ -121,10 +126,12 @@ def restore(checkpoints: ocp.training.Checkpointer, abstract: Run, flags: dict[s
     try:
         run = checkpoints.load(step, abstract)
     except Exception as error:
-        raise damaged from error
+        raise damaged(type(error).__name__) from error
     # Orbax does not notice a flipped bit, and casts to whatever dtypes it is asked for.
     if checksum(run) != saved["checksum"]:
-        raise damaged
+        raise damaged("its checksum differs")
+    if step != saved["step"]:
+        raise damaged(f"it was saved as step {saved['step']}")
     return run
 
 
@@ -182,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run = train_step(run, optimizer, data, data_key, step)
             done = step + 1
             if done % args.save_every == 0 or done == args.steps:
-                about: Any = {"flags": flags, "checksum": checksum(run)}
+                about: Any = {"flags": flags, "step": done, "checksum": checksum(run)}
                 checkpoints.save(done, run, force=True, custom_metadata=about)
                 print(f"saved step {done}", flush=True)
     final = float(loss(run.params, *data))

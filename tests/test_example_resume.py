@@ -87,12 +87,26 @@ def _without_metadata(checkpoint):
     (checkpoint / "_CHECKPOINT_METADATA").unlink()
 
 
+def _renamed(checkpoint):
+    shutil.rmtree(checkpoint)
+    shutil.copytree(checkpoint.with_name("5"), checkpoint)
+
+
 # Orbax waits for the first read that fails alone; the others complain when they are collected.
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine .* was never awaited"
 )
-@pytest.mark.parametrize("damage", [_flip_a_bit, _cut_short, _empty, _without_metadata])
-def test_a_damaged_checkpoint_is_an_error(damage, saved, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (_flip_a_bit, "its checksum differs"),
+        (_cut_short, r"\w+"),
+        (_empty, r"\w+"),
+        (_without_metadata, r"\w+"),
+        (_renamed, "it was saved as step 5"),
+    ],
+)
+def test_a_damaged_checkpoint_is_an_error(damage, why, saved, tmp_path, capsys):
     """Which names it and what to do: without it, training goes on from the one before."""
     folder = tmp_path / "run"
     shutil.copytree(saved, folder)
@@ -101,7 +115,8 @@ def test_a_damaged_checkpoint_is_an_error(damage, saved, tmp_path, capsys):
         lambda flags: _run(folder, *flags), ["--steps", "10"], capsys
     )
     assert (status, printed) == (1, "")
-    assert f"{folder / '10'} is damaged: move it away" in line
+    named = re.escape(str(folder / "10"))
+    assert re.search(rf"{named} is damaged or cannot be read \({why}\): move it away", line)
     assert (folder / "10").exists()
 
     shutil.move(folder / "10", tmp_path / "away")

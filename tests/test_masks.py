@@ -342,6 +342,8 @@ def test_describe():
     assert "does not decay                                5" in str(everything)
     with pytest.raises(ValueError, match="mask and params differ in structure"):
         masks.describe(params, {"w": True})
+    with pytest.raises(TypeError, match=r"arrays of numbers, got 'text' at 'f/0'"):
+        masks.describe({"f": ["text"]})
 
 
 def test_describe_with_rich():
@@ -361,3 +363,18 @@ def test_describe_of_an_nnx_state():
     table = masks.describe(params, masks.matrices)
     assert str(table) == str(masks.describe(as_pure(params), masks.matrices))
     assert "blocks/0/kernel" in str(table)
+
+
+def test_a_variable_that_holds_a_tree():
+    """Its leaves are leaves of params, for every kind of mask."""
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.both = nnx.Param({"w": jnp.ones((2, 2)), "b": jnp.ones(2)})
+
+    params = nnx.state(Model(), nnx.Param)
+    assert masks.matrices(params)["both"] == {"w": True, "b": False}
+    assert "both/w" in str(masks.describe(params, masks.matching("w$")))
+    for mask in (masks.matrices, lambda ps: jax.tree.map(lambda p: p.ndim >= 2, ps)):
+        opt = adamaxw.adamaxw(0.1, weight_decay=0.5, mask=mask)
+        assert _nnx_decayed(opt, Model()) == {"both/w": True, "both/b": False}

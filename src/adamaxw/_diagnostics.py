@@ -1,10 +1,11 @@
 """What the optimizer does, as a few scalars for a logger."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from adamaxw import _hyperparameters, _leaves, _paths
@@ -22,7 +23,7 @@ def diagnostics(
     eps: jax.typing.ArrayLike = 1e-8,
     groups: bool = False,
 ) -> dict[str, jax.Array]:
-    """Scalars that show how training goes, for any logger; cheap, and meant for inside `jax.jit`.
+    """Scalars that show how training goes, for any logger; meant for inside `jax.jit`.
 
     Args:
         updates: what `update` returned. None and integers in it do not count.
@@ -30,11 +31,10 @@ def diagnostics(
             holds one or several, such as `nnx.Optimizer.opt_state`.
         params: the parameters, before the updates or after.
         eps: that of the optimizer; 'at_floor' alone needs it.
-        groups: whether to add the same, as `f"{key}/{name}"`, of each key at the top of params that
-            has real or complex parameters.
+        groups: whether to add the same of each key at the top of params, as `f"{key}/{name}"`.
 
     Returns:
-        A dict of float32 scalars, whose keys depend on the format of the state alone:
+        A dict of float32 scalars, whose keys depend on the structure of the arguments alone:
 
         - 'update_norm', 'param_norm': global 2-norms of updates and params;
         - 'update_to_weight': the first over the second; 1e-3 or so, as a rule of thumb; inf where
@@ -44,7 +44,9 @@ def diagnostics(
         - 'saturated', with `moment_dtype="uint8"` alone: the fraction of those at the upper bound,
           `eps * 2**42.5`. Their steps are too small: raise eps, or clip or scale the gradients.
 
-        Fractions are of the elements that train; in a group where none does, they are 0.
+        Fractions are of the elements that have moments, and left out where none has. Squares are
+        summed in float32, for which elements must lie between 1e-19 and 1e19. Inside
+        `jax.shard_map` all of it is that of a shard.
 
     Raises:
         TypeError: updates are None, no `AdamaxState` is found in `state`, or a leaf is no array;
@@ -67,54 +69,62 @@ def diagnostics(
     """
     if updates is None:
         raise TypeError("updates must be what update returned, got None")
-    floor = _hyperparameters.checked("eps", eps) * _AT_FLOOR
-    squares = {
-        "update_norm": _squares("updates", updates),
-        "param_norm": _squares("params", params),
-    }
+    floor = jnp.asarray(_hyperparameters.checked("eps", eps), jnp.float32) * np.float32(_AT_FLOOR)
+    update_squares = _Terms(_squares("updates", updates))
+    param_squares = _Terms(_squares("params", params))
     trained = list(_trained(state, floor))
+    sizes = _Terms((key, jnp.float32(size)) for key, size, _ in trained)
+    counts = {
+        name: _Terms((key, size * x[name]) for key, size, x in trained if name in x)
+        for name in dict.fromkeys(name for *_, fractions in trained for name in fractions)
+    }
 
-    def of(group: str | None) -> dict[str, jax.Array]:
-        result = {name: jnp.sqrt(_total(terms, group)) for name, terms in squares.items()}
-        update, param = result.values()
-        result["update_to_weight"] = jnp.where(update == 0, 0, update / param)
-        size = jnp.maximum(_total([(path, n) for path, n, _ in trained], group), 1)
-        for name in dict.fromkeys(name for *_, fractions in trained for name in fractions):
-            counts = [(path, n * x[name]) for path, n, x in trained if name in x]
-            result[name] = _total(counts, group) / size
+    def of(key: str | None) -> dict[str, jax.Array]:
+        update, param = (jnp.sqrt(terms.sum(key)) for terms in (update_squares, param_squares))
+        result = {
+            "update_norm": update,
+            "param_norm": param,
+            "update_to_weight": update / jnp.where(update == 0, 1, param),
+        }
+        if key in sizes.groups:
+            result |= {name: terms.sum(key) / sizes.sum(key) for name, terms in counts.items()}
         return result
 
     result = of(None)
-    for group in dict.fromkeys(_group(path) for path, _ in squares["param_norm"]) if groups else ():
-        result |= {f"{group}/{name}": value for name, value in of(group).items()}
+    for key in param_squares.groups if groups else ():
+        if key is not None:
+            result |= {f"{key}/{name}": value for name, value in of(key).items()}
     return result
 
 
-def _group(path: str) -> str:
-    return path.split("/")[0]
+class _Terms:
+    """Scalars that add up: those of each key at the top of a tree, and under None of all."""
+
+    def __init__(self, terms: Iterable[tuple[str | None, Any]]):
+        self.groups: dict[str | None, list[Any]] = {}
+        for key, term in terms:
+            for group in {None, key}:
+                self.groups.setdefault(group, []).append(term)
+
+    def sum(self, key: str | None) -> jax.Array:
+        return jnp.sum(jnp.stack([jnp.float32(0), *self.groups.get(key, ())]))
 
 
-def _total(terms: list[tuple[str, Any]], group: str | None) -> jax.Array:
-    """The sum of all terms, or of those of a group."""
-    chosen = [jnp.float32(term) for path, term in terms if group in (None, _group(path))]
-    return jnp.sum(jnp.stack([jnp.float32(0), *chosen]))
-
-
-def _squares(name: str, tree: Any) -> list[tuple[str, jax.Array]]:
-    """The path of each leaf of real or complex numbers with its squared 2-norm."""
-    terms = []
-    for path, x in _paths.named(tree):
+def _squares(name: str, tree: Any) -> Iterator[tuple[str | None, jax.Array]]:
+    """The first key of each leaf of real or complex numbers, with its squared 2-norm."""
+    for path, x in jax.tree_util.tree_leaves_with_path(_paths.pure(tree)):
         x = _leaves.as_array(x)
         if not _leaves.is_numeric(x):
-            raise TypeError(f"{name} must hold arrays, got {_leaves.describe(x)} at {path!r}")
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)} must be an array, got {_leaves.describe(x)}"
+            )
         if jnp.issubdtype(x.dtype, jnp.inexact):
             size = jnp.abs(x).astype(jnp.float32)
-            terms.append((path, jnp.sum(size * size)))
-    return terms
+            yield _first(path), jnp.sum(size * size)
 
 
-def _trained(state: Any, floor: Any) -> Iterator[tuple[str, int, dict[str, jax.Array]]]:
-    """The path, size and fractions of each leaf that trains."""
+def _trained(state: Any, floor: Any) -> Iterator[tuple[str | None, float, dict[str, jax.Array]]]:
+    """The first key of each leaf that trains, its size and fractions."""
     states = jax.tree.leaves(_paths.pure(state), is_leaf=_is_state)
     states = [x for x in states if _is_state(x)]
     if not states:
@@ -123,13 +133,21 @@ def _trained(state: Any, floor: Any) -> Iterator[tuple[str, int, dict[str, jax.A
             f"{type(state).__name__}"
         )
     for s in states:
-        for (path, mu), (_, nu) in zip(_paths.named(s.mu), _paths.named(s.nu), strict=True):
+        rows = jax.tree_util.tree_leaves_with_path(s.mu)
+        for (path, mu), nu in zip(rows, jax.tree.leaves(s.nu), strict=True):
             fmt = _leaves.stored_format(mu, nu)
             if fmt is None or not mu.size:
                 continue
             _, u = fmt.decode(mu, nu, s.nu_scale, jnp.float32)
-            chosen = {"at_floor": u <= floor} | fmt.saturated(mu, nu)
-            yield path, mu.size, {k: jnp.mean(x, dtype=jnp.float32) for k, x in chosen.items()}
+            at_floor = u.astype(jnp.float32) <= floor
+            chosen = {"at_floor": at_floor} | fmt.saturated(mu, nu)
+            # A number of elements may be larger than an int32.
+            size = float(mu.size)
+            yield _first(path), size, {k: jnp.mean(x, dtype=jnp.float32) for k, x in chosen.items()}
+
+
+def _first(path: jax.tree_util.KeyPath) -> str | None:
+    return jax.tree_util.keystr(path[:1], simple=True) if path else None
 
 
 def _is_state(x: Any) -> bool:

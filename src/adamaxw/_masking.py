@@ -57,7 +57,8 @@ def resolve_mask(mask: Any, params: optax.Params) -> Any:
     # Flax NNX gives params with Variables to init and without them to update.
     mask = pure(mask)
     booleans = jax.tree_util.tree_map_with_path(_as_bool, mask)
-    return broadcast("mask", booleans, "params", params)
+    decays = broadcast("mask", booleans, "params", pure(params))
+    return jax.tree.structure(params).unflatten(jax.tree.leaves(decays))
 
 
 def _is_boolean(leaf: Any) -> bool:

@@ -7,7 +7,7 @@ import jax
 from jax.tree_util import default_registry
 
 
-def is_variable(x: Any) -> bool:
+def _is_variable(x: Any) -> bool:
     """Whether `x` is a Variable of Flax NNX, which params and masks made of them may hold.
 
     One without leaves is none: `optax.partition` leaves those in place of others' parameters.
@@ -20,7 +20,7 @@ def pure(tree: Any) -> Any:
     """`tree` with what they hold in place of the Variables of Flax NNX."""
     if "flax.nnx" not in sys.modules:
         return tree
-    return jax.tree.map(lambda x: _value(x) if is_variable(x) else x, tree, is_leaf=is_variable)
+    return jax.tree.map(lambda x: _value(x) if _is_variable(x) else x, tree, is_leaf=_is_variable)
 
 
 def _value(variable: Any) -> Any:

@@ -2,8 +2,8 @@
 
 Each is a function from params to a tree of booleans, as `mask` of `adamaxw.adamaxw` and of
 `optax.masked` may be. They look at shapes and paths alone, so that they work on arrays, abstract
-arrays, and the states of Flax NNX, whose Variables count as leaves. `optax.inject_hyperparams`
-needs no `static_args` for them.
+arrays, and the states of Flax NNX, whose Variables count as leaves. For them
+`optax.inject_hyperparams(adamaxw.adamaxw)` needs no `static_args`.
 """
 
 import re
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamaxw import _masking, _paths
+from adamaxw import _leaves, _masking, _paths
 from adamaxw._table import Table
 
 
@@ -48,8 +48,7 @@ class Mask(ABC):
         """
         if _is_count(params):
             return _Injected(self)
-        treedef = jax.tree.structure(params, is_leaf=_paths.is_variable)
-        return treedef.unflatten(self._choose(params))
+        return jax.tree.structure(_paths.pure(params)).unflatten(self._choose(params))
 
     def __and__(self, other: Callable[[Any], Any]) -> "Mask":
         return _combine("&", self, other)
@@ -136,8 +135,8 @@ def describe(params: Any, mask: Any = None) -> Table:
         leaf, and with totals. `print` shows it as text, `rich.print` with rules.
 
     Raises:
-        TypeError, ValueError: as from the `init` of `adamaxw.adamaxw`: the mask is not boolean, or
-            does not have the structure of params.
+        TypeError, ValueError: as from the `init` of `adamaxw.adamaxw`: a leaf is no array of
+            numbers, or the mask is not boolean or does not have the structure of params.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -157,6 +156,12 @@ def describe(params: Any, mask: Any = None) -> Table:
         decays = [decays] * len(named)
     rows, totals = [], {True: 0, False: 0}
     for (path, p), decay in zip(named, jax.tree.leaves(decays), strict=True):
+        p = _leaves.as_array(p)
+        if not _leaves.is_numeric(p):
+            raise TypeError(
+                f"params must be arrays of numbers, got {_leaves.describe(p)} at {path!r}; filter "
+                "such leaves out, with None in their place"
+            )
         dtype = jnp.result_type(p)
         # What does not train does not decay.
         decay = decay and jnp.issubdtype(dtype, jnp.inexact)
