@@ -682,3 +682,37 @@ def test_in_flax_nnx(name):
     new.opt_state = nnx.data(converted)
     train(new, 2)
     assert new.opt_state.count[...] == 7
+
+
+@pytest.mark.parametrize("name", _NAMES)
+def test_leaves_on_several_devices(name):
+    """Each stays where it is; what they have in common is computed on the host."""
+    devices = jax.devices()
+    params = {"a": jax.device_put(jnp.ones(3), devices[1]), "b": jax.device_put(1.0, devices[2])}
+    old, new = adamaxw.adamaxw(0.1), adamaxw.adamaxw(0.1, moment_dtype=name)
+    _, state = old.update(params, old.init(params), params)
+    got = convert(state, new.init(params))
+    assert [got.nu[key].devices() for key in params] == [{devices[1]}, {devices[2]}]
+    together = jax.tree.map(np.asarray, state)
+    assert_equal(jax.tree.map(np.asarray, got), convert(together, new.init(_host(params))))
+    new.update(params, got, params)
+
+
+def _host(tree):
+    return jax.tree.map(np.asarray, tree)
+
+
+@pytest.mark.parametrize("wrap", [lambda state: list(state), lambda state: {"0": state[0]}])
+def test_checkpoints_that_came_back_as_plain_containers(wrap):
+    """The error says with what structure to restore them."""
+    state = wrap(optax.adamaxw(0.1).init(_PARAMS))
+    for opt in (adamaxw.adamaxw(0.1), optax.chain(optax.clip(1.0), adamaxw.adamaxw(0.1))):
+        with pytest.raises((TypeError, ValueError), match=r"jax\.eval_shape\(optimizer\.init"):
+            convert(state, opt.init(_PARAMS))
+
+
+@pytest.mark.parametrize("count", [-1, 2**31])
+def test_a_count_that_none_is(count):
+    """An int32 that is not negative."""
+    with pytest.raises(ValueError, match=f"0 <= count < 2\\*\\*31, got {count}"):
+        pack(Moments(count, jnp.ones(2), jnp.ones(2)))

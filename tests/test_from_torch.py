@@ -4,6 +4,7 @@
 """
 
 import copy
+import re
 from pathlib import Path
 
 import jax
@@ -344,7 +345,7 @@ def _two(step):
             {"w": 0},
             {},
             TypeError,
-            r"exp_avg in state of 0 must be a NumPy array, got torch\._Tensor.*tensor\.numpy\(\)",
+            r"exp_avg in state of 0 must be a NumPy array, got torch\._Tensor: .*float\(\)\.numpy",
         ),
         (_one(step=_Tensor()), _ONE, {"w": 0}, {}, TypeError, r"step in state of 0 must be a Num"),
         (_one(step=2.5), _ONE, {"w": 0}, {}, ValueError, r"step in state of 0 must be a whole"),
@@ -387,3 +388,26 @@ def test_what_does_not_fit_is_refused(state, params, names, transposes, error, m
     state = copy.deepcopy(state)
     with pytest.raises(error, match=match):
         from_torch(state, params, names, transposes)
+
+
+def test_the_lines_of_the_page_that_write_the_state(tmp_path, monkeypatch):
+    """They go by the order of the optimizer, which need not be that of the model."""
+    torch = pytest.importorskip("torch", reason="PyTorch is optional: it writes, we read")
+    safetensors = pytest.importorskip("safetensors.numpy")
+    page = (Path(__file__).parents[1] / "docs" / "conversions.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"```text\n(import torch\n.*?)```", page, re.S)
+    model = torch.nn.ModuleDict({"first": torch.nn.Linear(2, 2), "last": torch.nn.Linear(2, 2)})
+    groups = [{"params": model[name].parameters()} for name in ("last", "first")]
+    optimizer = torch.optim.Adamax(groups)
+    for i, p in enumerate(model.parameters()):
+        p.grad = torch.full_like(p, i + 1.0)
+    optimizer.step()
+    monkeypatch.chdir(tmp_path)
+    exec(lines, {"model": model, "optimizer": optimizer})
+
+    names = [name for name, _ in model.named_parameters()]
+    params = {name: p.detach().numpy() for name, p in model.named_parameters()}
+    state = safetensors.load_file("adamax.safetensors")
+    moments = from_torch(state, params, {name: name for name in names})
+    assert [float(moments.nu[name].ravel()[0]) for name in names] == [1, 2, 3, 4]
+    assert moments.count == 1

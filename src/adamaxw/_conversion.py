@@ -97,7 +97,9 @@ def _convert_moments(state: Any, like: Any, reformat: Reformat, where: str) -> A
     name, other_name = f"state{where}", f"like{where}"
     for each, node in ((name, state), (other_name, like)):
         if not isinstance(node, AdamaxState) and not _optax_state.is_state(node):
-            raise TypeError(f"no state of adamaxw or adamax at {each}, but {_describe(node)}")
+            raise TypeError(
+                f"no state of adamaxw or adamax at {each}, but {_describe(node)}{_hint(node)}"
+            )
     source = state if isinstance(state, AdamaxState) else _optax_state.widened(state)
     is_ours = isinstance(like, AdamaxState)
     goal = like if is_ours else jax.eval_shape(_optax_state.widened, like)
@@ -197,10 +199,21 @@ def _kept(x: Any, like: Any, where: str) -> Any:
 
 
 def _differ(state: Any, like: Any, where: str) -> Exception:
+    if type(state) is type(like) and _describe(state) == _describe(like):
+        hint = ", whose static fields differ: pass the states of the optimizers alone"
+    else:
+        hint = _hint(state)
     return ValueError(
         f"state{where} and like{where} differ in structure: {_describe(state)} and "
-        f"{_describe(like)}"
+        f"{_describe(like)}{hint}"
     )
+
+
+def _hint(node: Any) -> str:
+    """What to say where a checkpoint has come back as plain containers."""
+    if type(node) not in (dict, list):
+        return ""
+    return ". Restore a checkpoint as jax.eval_shape(optimizer.init, params), of the old optimizer"
 
 
 def _describe(node: Any) -> str:

@@ -136,7 +136,7 @@ def _array(name: str, x: Any) -> np.ndarray:
     if not isinstance(x, (int, float, np.ndarray, np.generic, jax.Array)):
         raise TypeError(
             f"{name} must be a NumPy array, got {type(x).__module__}.{type(x).__name__}: for a "
-            "tensor of PyTorch pass tensor.numpy()"
+            "tensor of PyTorch pass tensor.float().numpy()"
         )
     return np.asarray(x)
 

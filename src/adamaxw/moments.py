@@ -97,6 +97,8 @@ def pack(
     count = moments.count
     if not (isinstance(count, int) or jnp.issubdtype(jnp.result_type(count), jnp.integer)):
         raise TypeError(f"count must be an integer, got {_leaves.describe(count)}")
+    if not isinstance(count, Tracer) and not 0 <= int(count) < 2**31:
+        raise ValueError(f"count must satisfy 0 <= count < 2**31, got {count}")
     fmt = _formats.named(moment_dtype)
     eps = _hyperparameters.checked("eps", eps)
     _formats.check_eps(fmt, eps)
@@ -121,6 +123,9 @@ def pack(
         # The largest norm sets the grid: norms that lie on one already stay what they are.
         norms = [x.astype(jnp.float32) for x in _leaves.inexact(nu)]
         largest = [jnp.max(x, initial=0, where=jnp.isfinite(x)) for x in norms]
+        if not any(isinstance(x, Tracer) for x in largest) and not _leaves.lie_together(largest):
+            # Leaves on several devices, which no one call takes.
+            largest = [jnp.float32(float(x)) for x in largest]
         top = jnp.max(jnp.stack([jnp.float32(0), *largest]))
         scale = fmt.rescale(top, unit)
 
@@ -148,16 +153,17 @@ def convert(state: Any, like: Any) -> Any:
             (it is None with `moment_dtype=None`); the others may be `jax.ShapeDtypeStruct`.
 
     Returns:
-        The state in the structure and dtypes of `like`; arrays lie where those of `state` lie, or
-        are those of `state`. Values are rounded to the nearest; a format that stays is not
-        rounded. A residual is kept, or starts from zeros where `state` has none.
+        The state in the structure and dtypes of `like`; arrays lie where those of `state` lie, and
+        may be those of `state`, or of `like` where it is Moments: do not donate both. Values are
+        rounded to the nearest; a format that stays is not rounded. A residual is kept, or starts
+        from zeros where `state` has none.
 
     Raises:
         TypeError: at a place of moments is the state of another optimizer, or a leaf that cannot
             be kept; names the path.
         ValueError: the trees differ in structure, or leaves in shape; `state` is one of Optax's
-            adam (known only from its values, so not where they are traced) or its schedules do not
-            stand at its count; a residual or a moment has no place in `like`. Names the path.
+            adam, or its schedules do not stand at its count, which values alone tell, so not where
+            they are traced; a residual or a moment has no place in `like`. Names the path.
 
     Examples:
         >>> import adamaxw
@@ -171,13 +177,14 @@ def convert(state: Any, like: Any) -> Any:
         0 uint8
     """
     state, goal = _paths.pure(state), _paths.pure(like)
+    name = "state"
     if isinstance(state, Moments):
-        state = _conversion.put(pack(state), goal)
+        name, state = "like", _conversion.put(pack(state), goal)
     for path, x in jax.tree_util.tree_leaves_with_path(state):
         if isinstance(x, jax.ShapeDtypeStruct):
             raise TypeError(
-                f"state{jax.tree_util.keystr(path)} must be an array, got {x}; the types alone are "
-                "those of like, and jax.eval_shape(lambda state: convert(state, like), state)"
+                f"{name}{jax.tree_util.keystr(path)} must be an array, got {x}; for types alone: "
+                "jax.eval_shape(lambda state: convert(state, like), state)"
             )
     new = _conversion.convert(state, goal, _in_format_of)
     return jax.tree.structure(like).unflatten(jax.tree.leaves(new))
@@ -192,8 +199,8 @@ def from_torch(
     """The moments in a state of `torch.optim.Adamax`.
 
     Args:
-        state: its `state_dict()`, with `tensor.numpy()` in place of each tensor; or a dict without
-            dicts in it, as from `safetensors.numpy.load_file`, with keys such as
+        state: its `state_dict()`, with `tensor.float().numpy()` in place of each tensor; or a dict
+            without dicts in it, as from `safetensors.numpy.load_file`, with keys such as
             "state.0.exp_avg" or "state.dense.weight.exp_avg", that end in exp_avg, exp_inf and
             step. docs/conversions.md has the lines that write either.
         params: the parameters, arrays or `jax.ShapeDtypeStruct`.
