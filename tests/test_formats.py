@@ -673,18 +673,18 @@ def test_complex_parameters_are_refused(name, dtype):
 @pytest.mark.parametrize("of", _NAMES)
 @pytest.mark.parametrize("given_to", _NAMES)
 def test_a_state_of_another_format_is_refused(of, given_to):
-    """All pairs: the error names what does not fit, and moments.pack as the way."""
+    """All pairs: the error names what does not fit, and moments.convert as the way."""
     if of == given_to:
         return
     params = {"w": jnp.ones(2)}
     state = adamaxw.adamaxw(1e-3, moment_dtype=of).init(params)
     opt = adamaxw.adamaxw(1e-3, moment_dtype=given_to)
-    message = r"state\.(mu\['w'\]|nu_scale).*adamaxw\.moments\.pack"
+    message = r"state\.(mu\['w'\]|nu_scale).*adamaxw\.moments\.convert"
     with pytest.raises(TypeError, match=message):
         opt.update(params, state, params)
     # With the scale that belongs to the format, the leaf is named.
     fitting = state._replace(nu_scale=opt.init(params).nu_scale)
-    with pytest.raises(TypeError, match=r"state\.mu\['w'\].*adamaxw\.moments\.pack"):
+    with pytest.raises(TypeError, match=r"state\.mu\['w'\].*adamaxw\.moments\.convert"):
         opt.update(params, fitting, params)
     converted = jax.jit(lambda s: moments.pack(moments.unpack(s), given_to))(state)
     jax.eval_shape(opt.update, params, converted, params)
