@@ -21,6 +21,14 @@ def standard_promotion():
         yield
 
 
+@pytest.fixture
+def compile_fast():
+    """For tests that mostly compile, of what does not depend on XLA's optimizations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def _set_promotion(mode):
     return lambda namespace: jax.config.update("jax_numpy_dtype_promotion", mode)
 

@@ -12,12 +12,7 @@ from command_lines import one_line_error
 _SMALL = ["--layers", "1", "--heads", "1", "--context", "16", "--batch-size", "32"]
 
 
-@pytest.fixture(autouse=True)
-def _compile_fast():
-    """Most of the time here is compilation; what is tested does not depend on its optimizations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
 @pytest.mark.parametrize(

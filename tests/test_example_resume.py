@@ -16,6 +16,9 @@ from command_lines import one_line_error
 _STEPS = 300
 
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+
 def test_killed_at_random_it_ends_as_if_undisturbed(tmp_path):
     """Each start goes on from the last saved step or a later one, and the last bit is the same."""
     folders = [tmp_path / name for name in ("undisturbed", "killed")]
@@ -23,7 +26,7 @@ def test_killed_at_random_it_ends_as_if_undisturbed(tmp_path):
         folder.mkdir()
     end = kills.undisturbed(folders[0], _STEPS)
     seed = np.random.SeedSequence().entropy % 2**32
-    survival = kills.killed(folders[1], 4, seed, _STEPS)
+    survival = kills.killed(folders[1], 3, seed, _STEPS)
     assert kills.losses(survival, end) == [], f"with the seed {seed}: {survival}"
     assert survival.kills > 0, f"with the seed {seed}"
 
