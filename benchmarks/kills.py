@@ -7,7 +7,7 @@ some at any time from the start of Python on. Each restart must go on from a ste
 the last which was reported as saved, and the end must have the parameters of an undisturbed run.
 Run it with
 
-    python benchmarks/kills.py    # kills 40 times, writes results/kills.json
+    python benchmarks/kills.py    # kills up to 40 times, writes results/kills.json
 """
 
 import argparse

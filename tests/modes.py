@@ -1,8 +1,7 @@
-"""Modes of JAX in which a part of a test runs, and names that moved between versions."""
+"""Modes of JAX in which a part of a test runs."""
 
 import jax
 import optax
-from flax import nnx
 
 
 def x64():
@@ -16,7 +15,3 @@ def apply_updates(params, updates):
     """optax.apply_updates, which adds the float32 updates of "exact" by promotion."""
     with jax.numpy_dtype_promotion("standard"):
         return optax.apply_updates(params, updates)
-
-
-# Its name in Flax 0.12.0 is deprecated later.
-as_pure = getattr(nnx, "as_pure", None) or nnx.pure

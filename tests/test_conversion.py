@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from equality import assert_equal, assert_equal_but_for_last_bits, types_of
+from flax import nnx
 from gradients import KINDS, gradients
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -659,7 +660,6 @@ def test_no_leaf_that_trains():
 @pytest.mark.parametrize("name", _NAMES)
 def test_in_flax_nnx(name):
     """The state of an nnx.Optimizer, whose arrays lie in Variables, goes from one to another."""
-    nnx = pytest.importorskip("flax.nnx", reason="Flax is not installed")
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
 
     def train(optimizer, steps):

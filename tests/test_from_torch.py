@@ -13,9 +13,11 @@ import numpy as np
 import optax
 import pytest
 from equality import assert_equal, types_of
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from modes import x64
+from safetensors.numpy import load_file
 
 import adamaxw
 from adamaxw.moments import convert, from_torch, pack
@@ -173,11 +175,8 @@ def test_every_way_to_name_a_parameter(arrays):
 
 def test_from_safetensors(arrays):
     """The file that docs/conversions.md says how to write."""
-    safetensors = pytest.importorskip(
-        "safetensors.numpy", reason="safetensors, which reads the fixture, is not installed"
-    )
     params = _params(arrays)
-    state = safetensors.load_file(_FIXTURES / "torch_adamax.safetensors")
+    state = load_file(_FIXTURES / "torch_adamax.safetensors")
     got = from_torch(state, params, _OWN_NAMES, _TRANSPOSES)
     assert_equal(got, from_torch(_state(arrays), params, _NAMES, _TRANSPOSES))
 
@@ -266,7 +265,6 @@ def test_moments_lie_where_params_lie():
 
 def test_in_flax_nnx():
     """Paths are those without the Variables, and moments go into the state of an Optimizer."""
-    nnx = pytest.importorskip("flax.nnx", reason="Flax is not installed")
     model = nnx.Linear(3, 2, use_bias=False, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, adamaxw.adamax(0.1, moment_dtype="uint8"), wrt=nnx.Param)
     params = nnx.state(model, nnx.Param)
@@ -393,7 +391,6 @@ def test_what_does_not_fit_is_refused(state, params, names, transposes, error, m
 def test_the_lines_of_the_page_that_write_the_state(tmp_path, monkeypatch):
     """They go by the order of the optimizer, which need not be that of the model."""
     torch = pytest.importorskip("torch", reason="PyTorch is optional: it writes, we read")
-    safetensors = pytest.importorskip("safetensors.numpy")
     page = (Path(__file__).parents[1] / "docs" / "conversions.md").read_text(encoding="utf-8")
     (lines,) = re.findall(r"```text\n(import torch\n.*?)```", page, re.S)
     model = torch.nn.ModuleDict({"first": torch.nn.Linear(2, 2), "last": torch.nn.Linear(2, 2)})
@@ -407,7 +404,7 @@ def test_the_lines_of_the_page_that_write_the_state(tmp_path, monkeypatch):
 
     names = [name for name, _ in model.named_parameters()]
     params = {name: p.detach().numpy() for name, p in model.named_parameters()}
-    state = safetensors.load_file("adamax.safetensors")
+    state = load_file("adamax.safetensors")
     moments = from_torch(state, params, {name: name for name in names})
     assert [float(moments.nu[name].ravel()[0]) for name in names] == [1, 2, 3, 4]
     assert moments.count == 1

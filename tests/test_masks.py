@@ -11,7 +11,7 @@ import optax
 import pytest
 import rich.console
 from flax import nnx
-from modes import as_pure
+from pure import as_pure
 
 import adamaxw
 from adamaxw import masks

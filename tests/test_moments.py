@@ -13,8 +13,9 @@ from flax import nnx
 from gradients import gradients
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from modes import apply_updates, as_pure, x64
+from modes import apply_updates, x64
 from oracle import octaves
+from pure import as_pure
 
 import adamaxw
 from adamaxw import moments

@@ -152,8 +152,7 @@ def _check_alike(name: str, state: AdamaxState, other_name: str, like: AdamaxSta
 def _kind(m: Any, u: Any) -> str:
     if jnp.issubdtype(m.dtype, jnp.complexfloating):
         return "complex"
-    trains = m.dtype != u.dtype or jnp.issubdtype(m.dtype, jnp.inexact)
-    return "real" if trains else str(m.dtype)
+    return "real" if _leaves.trains(m, u) else str(m.dtype)
 
 
 def _residual(name: str, state: AdamaxState, other_name: str, like: AdamaxState) -> Any:

@@ -232,13 +232,17 @@ def map_moments(function: Callable[[Any, Any, Any], tuple[Any, Any]], mu: Any, n
             )
         if m.shape != u.shape:
             raise ValueError(f"mu{name} has shape {m.shape}, nu{name} has {u.shape}")
-        trains = m.dtype != u.dtype or _kind(m) != "integer"
-        return _Slots(*(function(path, m, u) if trains else (m, u)), None)
+        return _Slots(*(function(path, m, u) if trains(m, u) else (m, u)), None)
 
     broadcast("mu", mu, "nu", nu)
     broadcast("nu", nu, "mu", mu)
     slots = jax.tree_util.tree_map_with_path(pair, mu, nu)
     return tuple(_column(slots, i) for i in range(2))
+
+
+def trains(mu: Any, nu: Any) -> bool:
+    """Whether two moments are of a parameter that trains; the others have one integer dtype."""
+    return mu.dtype != nu.dtype or jnp.issubdtype(mu.dtype, jnp.inexact)
 
 
 def stored_format(mu: Any, nu: Any) -> Format | None:

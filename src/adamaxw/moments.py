@@ -245,11 +245,10 @@ def _in_format_of(state: AdamaxState, like: AdamaxState, like_name: str) -> Adam
     if types(state) == types(like):
         return state
     moments = unpack(state)
-    # Those of leaves that do not train have one dtype, an integer.
     formats = {
         _leaves.stored_format(m, u)
         for m, u in zip(jax.tree.leaves(like.mu), jax.tree.leaves(like.nu), strict=True)
-        if m.dtype != u.dtype or jnp.issubdtype(m.dtype, jnp.inexact)
+        if _leaves.trains(m, u)
     }
     if not formats:
         return state._replace(nu_scale=like.nu_scale)
