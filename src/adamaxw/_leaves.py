@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from adamaxw._formats import FORMATS, Format
 from adamaxw._rounding import ParamRounding, Rounding
@@ -96,42 +94,6 @@ class _Slots(NamedTuple):
 
 def _column(slots: Any, i: int) -> Any:
     return jax.tree.map(lambda slot: slot[i], slots, is_leaf=lambda x: isinstance(x, _Slots))
-
-
-def scalar_sharding(params: Any) -> Sharding | None:
-    """Where a new scalar must lie so that a compiled step leaves it there: no second compilation.
-
-    Returns:
-        Replicated over the one mesh, or on the one device, to which all of `params` is committed,
-        or will be if it is abstract; None where there is no such place or it cannot be known.
-    """
-
-    def place(sharding: Sharding) -> Sharding | None:
-        if isinstance(sharding, NamedSharding):
-            return NamedSharding(sharding.mesh, PartitionSpec())
-        if isinstance(sharding, SingleDeviceSharding):
-            return SingleDeviceSharding(*sharding.device_set)
-        return None
-
-    def is_placed(p: Any) -> bool:
-        if isinstance(p, jax.ShapeDtypeStruct):
-            return p.sharding is not None
-        return isinstance(p, jax.Array) and not isinstance(p, Tracer) and p.committed
-
-    places = {place(p.sharding) for p in jax.tree.leaves(params) if is_placed(p)}
-    return places.pop() if len(places) == 1 else None
-
-
-def lie_together(tree: Any) -> bool:
-    """Whether one compiled call can take all of a tree: none traced, none committed elsewhere."""
-    places = set()
-    for x in jax.tree.leaves(tree):
-        if isinstance(x, Tracer):
-            return False
-        if isinstance(x, jax.Array) and x.committed:
-            place = x.sharding
-            places.add(place.mesh if isinstance(place, NamedSharding) else place)
-    return len(places) <= 1
 
 
 def side_by_side(

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from adamaxw import _formats, _hyperparameters, _leaves, _masking, _rounding
+from adamaxw import _formats, _hyperparameters, _leaves, _masking, _places, _rounding
 from adamaxw._rule import Constants, Scalar, bias_correction, cast, next_step, shrink
 
 # Outside jit, larger trees go leaf by leaf if their moments are rounded at random: XLA's time and
@@ -217,7 +217,7 @@ def _transformation(
         # A tree without leaves is also what optax.tree.map_params puts here: no mask fits that.
         if decay is not None and jax.tree.leaves(params):
             _masking.resolve_mask(mask, params)
-        place = _leaves.scalar_sharding(params)
+        place = _places.scalar_sharding(params)
         count = jnp.zeros((), jnp.int32, device=place)
         unit = jnp.asarray(eps, jnp.float32)
         nu_scale = fmt.rescale(unit, unit)
@@ -253,7 +253,7 @@ def _transformation(
         trains_all = treedef == jax.tree.structure(state.mu)
         compiles = treedef.num_leaves <= _MOST_LEAVES or not fmt.is_noisy
         tries = trains_all and compiles and not isinstance(state.count, Tracer)
-        if tries and (not looks or _leaves.lie_together((updates, state, params))):
+        if tries and (not looks or _places.lie_together((updates, state, params))):
             try:
                 wide = jnp.result_type(float)
                 scalars = (_on_device(x, wide) if isinstance(x, float) else x for x in (lr, wd))
@@ -406,7 +406,10 @@ def _step_leaf(
     leaf: _leaves.Leaf, step: _Step, index: jax.Array | None
 ) -> tuple[Any, Any, Any, Any]:
     """Applies the rule to one leaf; returns `(update, mu, nu, residual)`."""
-    g, p, fmt, rounding = leaf.g, leaf.p, step.fmt, leaf.rounding
+    fmt, rounding = step.fmt, leaf.rounding
+    # The state may be spread further than the rest, which is then computed where it lies.
+    g = _places.lie_like(leaf.g, leaf.mu)
+    p = None if leaf.p is None else _places.lie_like(leaf.p, leaf.mu)
     noise = other_noise = None
     if fmt.is_noisy or rounding.is_noisy:
         noise, other_noise = _rounding.noise(step.keys, index, g.shape)
@@ -423,8 +426,8 @@ def _step_leaf(
         rate=cast(step.rate, ratio.dtype),
         decay=cast(step.decay, ratio.dtype),
     )
-    update, residual = rounding.write(update, value, p, leaf.residual, other_noise, leaf.g.dtype)
-    return update, mu, nu, residual
+    update, residual = rounding.write(update, value, p, leaf.residual, other_noise, g.dtype)
+    return _places.lie_like(update, leaf.g), mu, nu, residual
 
 
 def _unchanged(leaf: _leaves.Leaf) -> tuple[Any, Any, Any, Any]:

@@ -10,7 +10,16 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from adamaxw import _conversion, _formats, _hyperparameters, _leaves, _paths, _rounding, _torch
+from adamaxw import (
+    _conversion,
+    _formats,
+    _hyperparameters,
+    _leaves,
+    _paths,
+    _places,
+    _rounding,
+    _torch,
+)
 from adamaxw._optimizer import AdamaxState
 
 
@@ -123,7 +132,7 @@ def pack(
         # The largest norm sets the grid: norms that lie on one already stay what they are.
         norms = [x.astype(jnp.float32) for x in _leaves.inexact(nu)]
         largest = [jnp.max(x, initial=0, where=jnp.isfinite(x)) for x in norms]
-        if not any(isinstance(x, Tracer) for x in largest) and not _leaves.lie_together(largest):
+        if not any(isinstance(x, Tracer) for x in largest) and not _places.lie_together(largest):
             # Leaves on several devices, which no one call takes.
             largest = [jnp.float32(float(x)) for x in largest]
         top = jnp.max(jnp.stack([jnp.float32(0), *largest]))

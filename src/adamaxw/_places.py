@@ -1,0 +1,62 @@
+"""Where arrays lie: on one device, or sharded over a mesh."""
+
+from typing import Any
+
+import jax
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+
+def is_placed(x: Any) -> bool:
+    """Whether `x` is committed to a place, or will be if it is abstract."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x.sharding is not None
+    return isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.committed
+
+
+def places(tree: Any) -> set[Sharding | None]:
+    """Where a scalar lies that is everywhere, for each mesh or device of what `is_placed`.
+
+    None stands for what is neither on a mesh nor on a device alone.
+    """
+
+    def place(sharding: Sharding) -> Sharding | None:
+        if isinstance(sharding, NamedSharding):
+            return NamedSharding(sharding.mesh, PartitionSpec())
+        if isinstance(sharding, SingleDeviceSharding):
+            return SingleDeviceSharding(*sharding.device_set)
+        return None
+
+    return {place(x.sharding) for x in jax.tree.leaves(tree) if is_placed(x)}
+
+
+def scalar_sharding(params: Any) -> Sharding | None:
+    """Where a new scalar must lie so that a compiled step leaves it there: no second compilation.
+
+    None where there is no one such place, or it cannot be known.
+    """
+    found = places(params)
+    return found.pop() if len(found) == 1 else None
+
+
+def lie_together(tree: Any) -> bool:
+    """Whether one compiled call can take all of a tree: none traced, none committed elsewhere."""
+    places = set()
+    for x in jax.tree.leaves(tree):
+        if isinstance(x, Tracer):
+            return False
+        if isinstance(x, jax.Array) and x.committed:
+            place = x.sharding
+            places.add(place.mesh if isinstance(place, NamedSharding) else place)
+    return len(places) <= 1
+
+
+def lie_like(x: Any, y: Any) -> Any:
+    """`x` sharded like `y`, where the axes of the mesh are explicit; elsewhere JAX sees to that.
+
+    Not for a `y` with sums still to be reduced over the mesh: then `x` stays.
+    """
+    goal = jax.typeof(y).sharding
+    if jax.typeof(x).sharding.spec == goal.spec or getattr(goal.spec, "unreduced", None):
+        return x
+    return jax.sharding.reshard(x, goal)
