@@ -314,6 +314,20 @@ def test_a_loop_with_a_spread_state(axis_type):
     assert_equal_across_meshes((trained, new), (params, state))
 
 
+@_AXIS_TYPES
+def test_gradients_that_lie_nowhere(axis_type):
+    """Arrays of NumPy go where the state is."""
+    params = _params(_mesh(axis_type))
+    opt = _adamaxw()
+    found = sharding.of_state(opt, params, data_axis="data")
+    state = jax.jit(opt.init, out_shardings=found)(params)
+    grads = jax.tree.map(np.asarray, params)
+    for update in (opt.update, jax.jit(opt.update)):
+        updates, _ = update(grads, state, params)
+        expected, _ = update(params, state, params)
+        assert_equal_across_meshes(updates, expected)
+
+
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="jax knows no reduced types before")
 def test_gradients_with_their_sum_still_to_do():
     """Those of params marked as reduced are summed where the state lies; updates are as there."""

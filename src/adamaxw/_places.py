@@ -54,9 +54,9 @@ def lie_together(tree: Any) -> bool:
 def lie_like(x: Any, y: Any) -> Any:
     """`x` sharded like `y`, where the axes of the mesh are explicit; elsewhere JAX sees to that.
 
-    Not for a `y` with sums still to be reduced over the mesh: then `x` stays.
+    `x` stays where `y` is on no mesh, or a sum still to be done over its mesh.
     """
     goal = jax.typeof(y).sharding
-    if jax.typeof(x).sharding.spec == goal.spec or getattr(goal.spec, "unreduced", None):
-        return x
-    return jax.sharding.reshard(x, goal)
+    has_place = not goal.mesh.empty and not getattr(goal.spec, "unreduced", None)
+    differs = jax.typeof(x).sharding.spec != goal.spec
+    return jax.sharding.reshard(x, goal) if has_place and differs else x
