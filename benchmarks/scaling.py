@@ -25,6 +25,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from versions import versions
 
 import adamaxw
+from adamaxw.sharding import bytes_a_device
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 DEVICES = (8, 64, 512, 4096)
@@ -142,13 +143,6 @@ def run(optimizer: Any, model: str, dtype: str, mesh: Any, strategy: str) -> Run
     shardings = adamaxw.sharding.of_state(optimizer, params, data_axis="data")
     state = jax.jit(optimizer.init, out_shardings=shardings).eval_shape(params)
     return Run(params, params, state)
-
-
-def bytes_a_device(tree: Any) -> int:
-    """The bytes of each leaf's part."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
 
 
 def optimizer_of(fmt: Format) -> optax.GradientTransformationExtraArgs:

@@ -11,6 +11,8 @@ import scaling
 import trees
 from jax.sharding import AbstractMesh, AxisType
 
+from adamaxw.sharding import bytes_a_device
+
 _PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 
 
@@ -37,9 +39,9 @@ def test_bytes_fall_with_the_number_of_devices(strategy, fmt):
         for n in scaling.DEVICES:
             mesh = AbstractMesh((n, 1), ("data", "model"))
             found = scaling.run(scaling.optimizer_of(fmt), model, fmt.dtype, mesh, strategy)
-            assert scaling.bytes_a_device(found.state) == number * size // n + scalars
+            assert bytes_a_device(found.state) == number * size // n + scalars
             whole = number // (n if strategy == "FSDP" else 1)
-            assert scaling.bytes_a_device(found.params) == whole * width
+            assert bytes_a_device(found.params) == whole * width
 
 
 @pytest.mark.usefixtures("standard_promotion")

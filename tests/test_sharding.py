@@ -404,6 +404,7 @@ def test_describe_arrays():
         if shard.device == jax.devices()[0]
     )
     assert on_device.split() == ["a", "device", str(held)]
+    assert sharding.bytes_a_device(params) == held
     assert in_all.split()[-1] == str(sum(x.nbytes for x in params.values()))
     assert len(sharding.describe({}).rows) == 0
 
@@ -467,5 +468,5 @@ def test_parts_that_do_not_divide_are_an_error():
     """As for jit, which has no uneven parts."""
     where = NamedSharding(_mesh(), P("data"))
     x = jax.ShapeDtypeStruct((6,), jnp.float32, sharding=where)
-    with pytest.raises(ValueError, match="divide"):
+    with pytest.raises(ValueError, match=r"'x'.*divide"):
         sharding.describe({"x": x})

@@ -115,6 +115,7 @@ def describe(tree: Any) -> Table:
 
     Raises:
         TypeError: a leaf is no array, or has no sharding; names the path.
+        ValueError: a leaf cannot be divided as its sharding says; names the path.
 
     Examples:
         >>> import adamaxw
@@ -138,33 +139,50 @@ def describe(tree: Any) -> Table:
         a device                                                                  62
         in all, each once                                                        398
     """
-    rows, on_device, in_all = [], 0, 0
+    rows = []
     for path, x in _paths.named(tree):
-        sharding = getattr(x, "sharding", None)
-        if not isinstance(sharding, Sharding):
-            raise TypeError(
-                f"{path!r} must be an array, or a jax.ShapeDtypeStruct with a sharding, got "
-                f"{_leaves.describe(x)}"
-            )
-        is_named = isinstance(sharding, NamedSharding)
-        devices = sharding.mesh.size if is_named else sharding.num_devices
-        size = math.prod(x.shape)
-        part = math.prod(sharding.shard_shape(x.shape))
+        part, size = _part(path, x), math.prod(x.shape)
+        is_named = isinstance(x.sharding, NamedSharding)
+        devices = x.sharding.mesh.size if is_named else x.sharding.num_devices
         copies = devices * part // size if size else devices
-        words = f"P({', '.join(map(repr, sharding.spec))})" if is_named else "one device"
-        itemsize = x.dtype.itemsize
-        rows.append((path, str(x.shape), str(x.dtype), words, f"{copies}", f"{part * itemsize:,}"))
-        on_device += part * itemsize
-        in_all += size * itemsize
+        words = f"P({', '.join(map(repr, x.sharding.spec))})" if is_named else "one device"
+        part_bytes = f"{part * x.dtype.itemsize:,}"
+        rows.append((path, str(x.shape), str(x.dtype), words, f"{copies}", part_bytes))
+    in_all = sum(math.prod(x.shape) * x.dtype.itemsize for _, x in _paths.named(tree))
     return Table(
         columns=("path", "shape", "dtype", "sharding", "copies", "bytes a device"),
         rows=tuple(rows),
         footer=(
-            ("a device", "", "", "", "", f"{on_device:,}"),
+            ("a device", "", "", "", "", f"{bytes_a_device(tree):,}"),
             ("in all, each once", "", "", "", "", f"{in_all:,}"),
         ),
         right=("copies", "bytes a device"),
     )
+
+
+def bytes_a_device(tree: Any) -> int:
+    """The bytes of the parts of a tree on each device: the total of `describe`.
+
+    Args:
+        tree: as for `describe`.
+
+    Raises:
+        TypeError, ValueError: as from `describe`.
+    """
+    return sum(_part(path, x) * x.dtype.itemsize for path, x in _paths.named(tree))
+
+
+def _part(path: str, x: Any) -> int:
+    """How many elements of an array are on each device."""
+    if not isinstance(getattr(x, "sharding", None), Sharding):
+        raise TypeError(
+            f"{path!r} must be an array, or a jax.ShapeDtypeStruct with a sharding, got "
+            f"{_leaves.describe(x)}"
+        )
+    try:
+        return math.prod(x.sharding.shard_shape(x.shape))
+    except ValueError as error:
+        raise ValueError(f"{path!r}: {error}") from None
 
 
 def _everywhere(params: Any) -> Any:
