@@ -104,8 +104,17 @@ def _convert_moments(state: Any, like: Any, reformat: Reformat, where: str) -> A
     is_ours = isinstance(like, AdamaxState)
     goal = like if is_ours else jax.eval_shape(_optax_state.widened, like)
     count = source.count
-    if jnp.shape(count) != () or not jnp.issubdtype(jnp.result_type(count), jnp.integer):
-        raise TypeError(f"{name}.count must be an integer, got {_leaves.describe(count)}")
+    for each, node in ((name, source), (other_name, goal)):
+        if not _leaves.is_integer(node.count):
+            raise TypeError(f"{each}.count must be an integer, got {_leaves.describe(node.count)}")
+        scale = node.nu_scale
+        if scale is not None and not _leaves.is_float32_scalar(scale):
+            raise TypeError(
+                f"{each}.nu_scale must be a float32 scalar or None, got {_leaves.describe(scale)}"
+            )
+        for path, x in jax.tree_util.tree_leaves_with_path(node._replace(count=None)):
+            if not _leaves.is_numeric(x):
+                raise TypeError(f"{each}{keystr(path)} must be an array, got {_leaves.describe(x)}")
     if getattr(count, "dtype", None) != jnp.int32:
         source = source._replace(count=jnp.asarray(count, jnp.int32))
     _check_alike(name, source, other_name, goal)
@@ -159,17 +168,27 @@ def _residual(name: str, state: AdamaxState, other_name: str, like: AdamaxState)
     """The residual of `state`, zeros where only `like` has one."""
     treedef = jax.tree.structure(state.mu)
 
-    def leaves(tree: Any) -> list[Any]:
-        return [None] * treedef.num_leaves if tree is None else treedef.flatten_up_to(tree)
+    def leaves(name: str, tree: Any) -> list[Any]:
+        if tree is None:
+            return [None] * treedef.num_leaves
+        here, there = f"{name}.residual", f"{name}.mu"
+        _leaves.broadcast(here, tree, there, state.mu, lambda x: x is None)
+        _leaves.broadcast(there, state.mu, here, tree, lambda x: x is None)
+        return treedef.flatten_up_to(tree)
 
     rows = zip(
         jax.tree_util.tree_leaves_with_path(state.mu),
-        leaves(state.residual),
-        leaves(like.residual),
+        leaves(name, state.residual),
+        leaves(other_name, like.residual),
         strict=True,
     )
     new = []
     for (path, m), old, goal in rows:
+        if goal is not None and (goal.shape, goal.dtype) != (m.shape, jnp.int16):
+            raise TypeError(
+                f"{other_name}.residual{keystr(path)} must be int16 of shape {m.shape}, got "
+                f"{_leaves.describe(goal)}"
+            )
         if old is not None and (goal is None or (old.shape, old.dtype) != (m.shape, goal.dtype)):
             raise ValueError(
                 f"{name}.residual{keystr(path)} holds the low bits of float32 weights, for which "

@@ -133,10 +133,9 @@ def _trained(state: Any, floor: Any) -> Iterator[tuple[str | None, float, dict[s
             f"{type(state).__name__}"
         )
     for s in states:
-        rows = jax.tree_util.tree_leaves_with_path(s.mu)
-        for (path, mu), nu in zip(rows, jax.tree.leaves(s.nu), strict=True):
-            fmt = _leaves.stored_format(mu, nu)
-            if fmt is None or not mu.size:
+        for path, mu, nu in _rows(s):
+            fmt = _leaves.format_of(path, mu, nu, s.nu_scale)
+            if not mu.size:
                 continue
             _, u = fmt.decode(mu, nu, s.nu_scale, jnp.float32)
             at_floor = u.astype(jnp.float32) <= floor
@@ -144,6 +143,17 @@ def _trained(state: Any, floor: Any) -> Iterator[tuple[str | None, float, dict[s
             # A number of elements may be larger than an int32.
             size = float(mu.size)
             yield _first(path), size, {k: jnp.mean(x, dtype=jnp.float32) for k, x in chosen.items()}
+
+
+def _rows(state: AdamaxState) -> list[tuple[Any, Any, Any]]:
+    rows = []
+
+    def keep(*row: Any) -> Any:
+        rows.append(row)
+        return row[1:]
+
+    _leaves.map_moments(keep, state.mu, state.nu)
+    return rows
 
 
 def _first(path: jax.tree_util.KeyPath) -> str | None:

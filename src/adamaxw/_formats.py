@@ -308,8 +308,9 @@ class Logarithmic:
         g = g.astype(jnp.float32)
         # The scale rises by whole steps against the decay, so all codes fall by their number; they
         # rise where eps is lowered.
-        fall = jnp.round(self.levels * jnp.log2(new_scale / shrink(b2, scale)))
-        fall = jnp.clip(fall.astype(jnp.int32), -255, 255)
+        left = shrink(b2, scale)
+        fall = jnp.round(self.levels * jnp.log2(new_scale / left))
+        fall = jnp.clip(fall.astype(jnp.int32), -1000, 255)
         fallen = jnp.minimum(nu.astype(jnp.int32) - fall, 255)
         size, unit = jnp.abs(g), self._unit(new_scale)
         level = self._level(size * unit + eps * unit)
@@ -324,7 +325,9 @@ class Logarithmic:
         clipped = jnp.where(g > largest, largest, jnp.where(g < -largest, -largest, g))
         old = self._square(mu) * next_first_moment(zero, since, b1)
         m = (clipped * weight * self._power(-fallen) + old) * self._power(fallen - risen)
-        is_finite = size < jnp.where(jnp.isfinite(since), jnp.inf, 0.0)
+        # A scale that is not positive says nothing of the moments. Nor does a wrong b1, b2, traced.
+        is_valid = (left >= 0) & (since > 0) & (since < jnp.inf) & jnp.isfinite(weight)
+        is_finite = size < jnp.where(is_valid, jnp.inf, 0.0)
         code = jnp.where(is_finite, self._compress(m, noise), -128)
         new_mu = jnp.where(mu == -128, mu, code.astype(jnp.int8))
 

@@ -46,7 +46,8 @@ def checked(name: str, value: Any) -> Scalar:
     allowed, is_allowed = _ALLOWED[name]
     with np.errstate(over="ignore", under="ignore"):
         rounded = np.float32(scalar)
-    if not is_allowed(rounded):
+    # What is so little below 0 is 0 in float32, and has no logarithm.
+    if not is_allowed(rounded) or scalar < 0:
         raise ValueError(f"{name} must satisfy {allowed} in float32, got {value!r}")
     return scalar
 
@@ -77,7 +78,12 @@ def as_scalar(name: str, value: Any, hint: str = "") -> Scalar:
         TypeError, ValueError: see `checked`.
     """
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(
+                f"{name} must be a number of at most 1.8e308, got {reprlib.repr(value)}"
+            ) from None
     if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
         schedule = ""
         if name in ("learning_rate", "weight_decay"):
@@ -94,6 +100,8 @@ def as_scalar(name: str, value: Any, hint: str = "") -> Scalar:
             f"{name} came as {value.dtype}, which is too coarse for a hyperparameter (0.999 is 1 "
             f"in bfloat16, 1e-8 is 0 in float16): pass float32{hint}"
         )
-    if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
+    is_real = jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
+    # NumPy counts spans of time among the integers.
+    if not is_real or isinstance(value.dtype, np.dtypes.TimeDelta64DType):
         raise TypeError(f"{name} must be real, got an array of dtype {value.dtype}")
     return value.astype(jnp.result_type(float)) if isinstance(value, jax.Array) else float(value)

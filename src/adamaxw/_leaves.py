@@ -165,7 +165,7 @@ def side_by_side(
             if how.residual_dtype is None:
                 fits = r is None
             else:
-                fits = getattr(r, "dtype", None) == how.residual_dtype and r.shape == m.shape
+                fits = _kind(r) and r.dtype == how.residual_dtype and r.shape == m.shape
             if not fits:
                 raise _misfit_residual(updates, index, p, r, how)
         rows.append(Leaf(g, m, u, r, p, decay, how))
@@ -213,17 +213,48 @@ def stored_format(mu: Any, nu: Any) -> Format | None:
     return next(kinds, None)
 
 
+def format_of(path: Any, mu: Any, nu: Any, nu_scale: Any) -> Format:
+    """The format of the moments of one leaf that trains, in a state with this scale.
+
+    Raises:
+        TypeError: it is none; names the path.
+    """
+    fmt = stored_format(mu, nu)
+    if fmt is None or fmt.has_scale != is_float32_scalar(nu_scale):
+        name = jax.tree_util.keystr(path)
+        raise TypeError(
+            f"state.mu{name} and state.nu{name} are no moments of any format, with nu_scale "
+            f"{describe(nu_scale)}: {describe(mu)} and {describe(nu)}"
+        )
+    return fmt
+
+
+def is_scalar(x: Any, *dtypes: Any) -> bool:
+    """Whether `x` is an array of numbers of shape (), in one of some dtypes."""
+    return _kind(x) is not None and x.shape == () and x.dtype in dtypes
+
+
 def is_float32_scalar(x: Any) -> bool:
     """Whether `x` is an array of dtype float32 and shape ()."""
-    return getattr(x, "dtype", None) == jnp.float32 and x.shape == ()
+    return is_scalar(x, jnp.float32)
+
+
+def is_integer(x: Any) -> bool:
+    """Whether `x` is an integer, of Python or an array of shape ()."""
+    is_number = isinstance(x, int) or (_kind(x) is not None and x.shape == ())
+    return is_number and (isinstance(x, int) or jnp.issubdtype(x.dtype, jnp.integer))
 
 
 def as_array(x: Any) -> Any:
-    """`x` as an array, if it is a number or an array; else as it is."""
+    """`x` as an array, if it is a number or an array of numbers; else as it is."""
     if isinstance(x, jax.Array):
         return x
-    is_number = isinstance(x, (bool, int, float, complex, np.ndarray, np.generic))
-    converts = is_number and _kind(x) != "integer"
+    if isinstance(x, (bool, int, float, complex)):
+        try:
+            return jnp.asarray(x)
+        except OverflowError:  # an integer larger than those of JAX
+            return x
+    converts = isinstance(x, (np.ndarray, np.generic)) and _kind(x) in ("real", "complex")
     return jnp.asarray(x) if converts or hasattr(x, "__jax_array__") else x
 
 
@@ -321,7 +352,7 @@ def _misfit_residual(updates: Any, index: int, p: Any, residual: Any, how: Round
 
 def _stored_kind(m: Any, u: Any, fmt: Format) -> str | None:
     """What parameters the moments of a leaf belong to; None if no parameter has such moments."""
-    return _kind_of_dtypes(getattr(m, "dtype", None), getattr(u, "dtype", None), fmt)
+    return _kind_of_dtypes(m.dtype, u.dtype, fmt) if _kind(m) and _kind(u) else None
 
 
 @cache
@@ -350,14 +381,22 @@ def _is_none(x: Any) -> bool:
 
 def _kind(x: Any) -> str | None:
     """Leaves meet only their kind; None for what is no array of numbers."""
-    return _kind_of_dtype(getattr(x, "dtype", None)) if hasattr(x, "shape") else None
+    # What is masked would be lost.
+    if not hasattr(x, "shape") or isinstance(x, np.ma.MaskedArray):
+        return None
+    return _kind_of_dtype(getattr(x, "dtype", None))
 
 
 @cache
 def _kind_of_dtype(dtype: Any) -> str | None:
-    if dtype is None:
+    # NumPy's long double, its complex, and spans of time: JAX has none of them.
+    if dtype is None or getattr(dtype, "char", None) in ("g", "G", "m"):
         return None
-    if jnp.issubdtype(dtype, jnp.floating):
+    try:
+        is_real = jnp.issubdtype(dtype, jnp.floating)
+    except TypeError:  # of another library, such as PyTorch
+        return None
+    if is_real:
         return "real"
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return "complex"

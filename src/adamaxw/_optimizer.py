@@ -258,7 +258,7 @@ def _transformation(
                 wide = jnp.result_type(float)
                 scalars = (_on_device(x, wide) if isinstance(x, float) else x for x in (lr, wd))
                 return _update_in_one_call(updates, state, params, *scalars, constants, settings)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 # Leaves of several devices or meshes, which only a call for each can take, or wrong
                 # ones, on which the errors of jit say less than ours.
                 looks = True
@@ -274,8 +274,10 @@ def _check(state: Any, fmt: _formats.Format) -> None:
             f"state must be the AdamaxState that init returned, got a {type(state).__name__}; that "
             "of optax.adamaxw is converted by adamaxw.moments.convert"
         )
-    if getattr(state.count, "dtype", None) not in (jnp.int32, jnp.int64):
-        raise TypeError(f"state.count must be int32, got {_leaves.describe(state.count)}")
+    if not _leaves.is_scalar(state.count, jnp.int32, jnp.int64):
+        raise TypeError(
+            f"state.count must be int32 of shape (), got {_leaves.describe(state.count)}"
+        )
     scale = state.nu_scale
     fits = _leaves.is_float32_scalar(scale) if fmt.has_scale else scale is None
     if not fits:
@@ -376,7 +378,9 @@ def _update(
     constants = settings.numbers or constants
     b1, b2, eps = constants
     count = jnp.minimum(state.count, 2**31 - 2) + 1  # saturates, does not wrap
-    rate = lr / bias_correction(b1, count.astype(jnp.result_type(float)))
+    # No state has a count below 0: what came of it would be of the wrong size and sign.
+    t = jnp.where(state.count < 0, jnp.nan, count.astype(jnp.result_type(float)))
+    rate = lr / bias_correction(b1, t)
     scale = state.nu_scale
     if scale is not None:
         shrunk = shrink(cast(b2, jnp.float32), scale)

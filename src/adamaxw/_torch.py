@@ -18,6 +18,11 @@ def read(
     transposes: Mapping[str, tuple[int, ...]],
 ) -> tuple[Any, Any, Any]:
     """The count and the two trees of moments; see `moments.from_torch`."""
+    for argument, given in (("names", names), ("transposes", transposes)):
+        if not isinstance(given, Mapping):
+            raise TypeError(
+                f"{argument} must be a dict with paths of params, got {type(given).__name__}"
+            )
     rows, treedef = _paths.named(params), jax.tree.structure(params)
     leaves = dict(rows)
     if len(leaves) != len(rows):
@@ -32,7 +37,7 @@ def read(
     steps: dict[int, str] = {}
     moments = []
     for path, leaf in leaves.items():
-        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+        if not _leaves.is_numeric(leaf):
             raise TypeError(f"params {path!r} must be an array, got {_leaves.describe(leaf)}")
         trains = jnp.issubdtype(leaf.dtype, jnp.inexact)
         if trains and path not in names:
@@ -42,6 +47,10 @@ def read(
             dtypes = _formats.WIDE.dtypes(leaf.dtype) if trains else (leaf.dtype,) * 2
             moments.append([_place(np.zeros(leaf.shape, dtype), leaf) for dtype in dtypes])
             continue
+        if not isinstance(name, (int, np.integer, str)):
+            raise TypeError(
+                f"names must have a number, a string or None for {path!r}, got {reprlib.repr(name)}"
+            )
         key = _key(aliases.get(name, name) if isinstance(name, str) else name)
         if key not in slots:
             raise ValueError(
@@ -83,23 +92,31 @@ def _slots(state: Any) -> dict[Any, Any]:
         return {_key(key): slots for key, slots in state["state"].items()}
     slots: dict[Any, Any] = {}
     for key, value in state.items():
-        prefix, *middle, slot = str(key).split(".")
-        if prefix != "state" or not middle:
+        prefix, *middle = str(key).split(".")
+        if prefix != "state" or len(middle) < 2:
             raise ValueError(
                 f'state has the key {key!r}, where "state.0.exp_avg" or '
                 '"state.dense.weight.exp_avg" was expected'
             )
+        *middle, slot = middle
         slots.setdefault(_key(".".join(middle)), {})[slot] = value
     return slots
 
 
 def _aliases(state: Any) -> dict[str, Any]:
     """The numbers of parameters by name, where the optimizer was given `named_parameters()`."""
-    return {
-        name: number
-        for group in state.get("param_groups", ())
-        for name, number in zip(group.get("param_names", ()), group["params"], strict=False)
-    }
+    try:
+        return {
+            name: _key(number)
+            for group in state.get("param_groups", ())
+            for name, number in zip(group.get("param_names", ()), group["params"], strict=False)
+            if isinstance(number, (int, str))
+        }
+    except (TypeError, ValueError, KeyError, AttributeError):
+        raise ValueError(
+            "param_groups in state must be a list of dicts, as state_dict() has it, got "
+            f"{reprlib.repr(state['param_groups'])}"
+        ) from None
 
 
 def _key(name: Any) -> Any:
@@ -108,6 +125,8 @@ def _key(name: Any) -> Any:
 
 def _parameter(name: str, slots: Any) -> tuple[int, np.ndarray, np.ndarray]:
     """The step and the two moments of one parameter."""
+    if not isinstance(slots, Mapping):
+        raise TypeError(f"{name} must be a dict, got {reprlib.repr(slots)}")
     if "exp_avg_sq" in slots:
         raise ValueError(
             f"{name} has exp_avg_sq, as Adam keeps it, an average of squares: no infinity norm can "
@@ -126,14 +145,16 @@ def _parameter(name: str, slots: Any) -> tuple[int, np.ndarray, np.ndarray]:
             )
         arrays.append(x)
     step = _array(f"step in {name}", slots["step"])
-    number = step.astype(np.float64).reshape(-1)
+    is_real = jnp.issubdtype(step.dtype, jnp.integer) or jnp.issubdtype(step.dtype, jnp.floating)
+    number = step.astype(np.float64).reshape(-1) if is_real else np.zeros(0)
     if number.size != 1 or not (number[0] >= 0 and number[0] == np.floor(number[0]) < np.inf):
         raise ValueError(f"step in {name} must be a whole number, got {reprlib.repr(step)}")
     return int(number[0]), *arrays
 
 
 def _array(name: str, x: Any) -> np.ndarray:
-    if not isinstance(x, (int, float, np.ndarray, np.generic, jax.Array)):
+    x = np.asarray(x) if isinstance(x, (int, float)) else x
+    if not _leaves.is_numeric(x):
         raise TypeError(
             f"{name} must be a NumPy array, got {type(x).__module__}.{type(x).__name__}: for a "
             "tensor of PyTorch pass tensor.float().numpy()"
@@ -146,7 +167,8 @@ def _fitted(x: np.ndarray, leaf: Any, path: str, name: Any, axes: Any) -> Any:
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise TypeError(f"params {path!r} is {leaf.dtype}, its moments in state are real")
     if axes is not None:
-        if sorted(axes) != list(range(x.ndim)):
+        are_numbers = isinstance(axes, (tuple, list)) and all(isinstance(i, int) for i in axes)
+        if not are_numbers or sorted(axes) != list(range(x.ndim)):
             raise ValueError(
                 f"transposes has {axes} for {path!r}, which is no permutation of the "
                 f"{x.ndim} axes of {name!r}"

@@ -66,14 +66,7 @@ def unpack(state: AdamaxState) -> Moments:
     state = _paths.pure(state)
 
     def decode(path: Any, mu: Any, nu: Any) -> tuple[Any, Any]:
-        fmt = _leaves.stored_format(mu, nu)
-        if fmt is None or fmt.has_scale != _leaves.is_float32_scalar(state.nu_scale):
-            name = jax.tree_util.keystr(path)
-            raise TypeError(
-                f"state.mu{name} and state.nu{name} are no moments of any format, with nu_scale "
-                f"{_leaves.describe(state.nu_scale)}: {_leaves.describe(mu)} and "
-                f"{_leaves.describe(nu)}"
-            )
+        fmt = _leaves.format_of(path, mu, nu, state.nu_scale)
         return fmt.decode(mu, nu, state.nu_scale, jnp.float32)
 
     mu, nu = _leaves.map_moments(decode, state.mu, state.nu)
@@ -104,7 +97,7 @@ def pack(
     if not isinstance(moments, Moments):
         raise TypeError(f"moments must be Moments, as unpack returns, got {type(moments).__name__}")
     count = moments.count
-    if not (isinstance(count, int) or jnp.issubdtype(jnp.result_type(count), jnp.integer)):
+    if not _leaves.is_integer(count):
         raise TypeError(f"count must be an integer, got {_leaves.describe(count)}")
     if not isinstance(count, Tracer) and not 0 <= int(count) < 2**31:
         raise ValueError(f"count must satisfy 0 <= count < 2**31, got {count}")
@@ -242,7 +235,7 @@ def from_torch(
         >>> print(moments.count, moments.nu["kernel"].shape)
         7 (3, 2)
     """
-    return Moments(*_torch.read(state, params, names, transposes or {}))
+    return Moments(*_torch.read(state, params, names, {} if transposes is None else transposes))
 
 
 def _in_format_of(state: AdamaxState, like: AdamaxState, like_name: str) -> AdamaxState:
@@ -304,7 +297,12 @@ def master_params(params: Any, state: AdamaxState) -> Any:
     def master(path: Any, p: Any, residual: Any) -> Any:
         if residual is None:
             return p
-        if getattr(p, "dtype", None) != jnp.bfloat16 or p.shape != residual.shape:
+        if not _leaves.is_numeric(residual) or residual.dtype != jnp.int16:
+            raise ValueError(
+                f"state.residual{jax.tree_util.keystr(path)} must be int16, got "
+                f"{_leaves.describe(residual)}"
+            )
+        if not _leaves.is_numeric(p) or (p.dtype, p.shape) != (jnp.bfloat16, residual.shape):
             raise ValueError(
                 f"params{jax.tree_util.keystr(path)} must be bfloat16 of shape {residual.shape}, "
                 f"like its residual, got {_leaves.describe(p)}"
@@ -312,7 +310,9 @@ def master_params(params: Any, state: AdamaxState) -> Any:
         return _rounding.join(p, residual)
 
     _leaves.broadcast("params", params, "state.residual", state.residual, lambda x: x is None)
-    return jax.tree_util.tree_map_with_path(master, params, state.residual)
+    return jax.tree_util.tree_map_with_path(
+        master, params, state.residual, is_leaf=lambda x: x is None
+    )
 
 
 def _check_state(state: Any) -> None:
