@@ -179,8 +179,18 @@ def plan(model: str) -> list[str]:
 
 def _gb(size: float) -> str:
     """In units of 10^9 bytes, three digits."""
-    digits = max(0, 2 - math.floor(math.log10(size / 1e9)))
+    digits = max(0, 2 - math.floor(math.log10(max(size, 1) / 1e9)))
     return f"{size / 1e9:,.{min(digits, 4)}f}"
+
+
+def collectives(text: str) -> list[tuple[str, str]]:
+    """The communication in compiled HLO: the kind of each, and the shape of what it results in."""
+    kinds = (
+        "all-gather|all-reduce|all-to-all|ragged-all-to-all|reduce-scatter|collective-permute|"
+        "collective-broadcast"
+    )
+    found = re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text)
+    return [(kind, shape.split("{")[0]) for shape, kind in found]
 
 
 def compiled(job: Compiled) -> dict[str, Any]:
@@ -202,7 +212,6 @@ def compiled(job: Compiled) -> dict[str, Any]:
     )
     seconds = time.perf_counter() - start
     memory: Any = program.memory_analysis()
-    kinds = r"\b(all-\w+|reduce-scatter|collective-\w+|ragged-all-to-all)(?:-start)?\("
     return {
         "model": job.model,
         "mesh": [job.data, job.tensor],
@@ -211,7 +220,7 @@ def compiled(job: Compiled) -> dict[str, Any]:
         "planned": bytes_a_device(found),
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
-        "collectives": dict(Counter(re.findall(kinds, program.as_text() or ""))),
+        "collectives": dict(Counter(kind for kind, _ in collectives(program.as_text() or ""))),
         "seconds": round(seconds, 2),
     }
 

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +10,11 @@ import optax
 import pytest
 from equality import assert_equal_across_meshes, types_of
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from modes import apply_updates
 from pure import as_pure
+from scaling import collectives
 
 import adamaxw
 from adamaxw import sharding
@@ -121,6 +121,53 @@ def test_where_a_leaf_is_split(shape, spec, data_axis, expected):
     assert tuple(found.mu.spec) == tuple(found.nu.spec) == expected
 
 
+def test_a_leaf_that_does_not_train_stays():
+    """Its updates are zeros that lie like its moments: spread, its type would change in a loop."""
+    mesh = _mesh(AxisType.Explicit)
+    everywhere = NamedSharding(mesh, P())
+    params = {"w": jnp.ones((8, 8)), "steps": jnp.arange(8), "alive": jnp.ones(8, bool)}
+    params = jax.device_put(params, everywhere)
+    opt = _adamaxw(moment_dtype="uint8")
+    found = sharding.of_state(opt, params, data_axis="data")
+    assert _specs(found.mu) == _specs(found.nu) == {"w": ("data", None), "steps": (), "alive": ()}
+    state = jax.jit(opt.init, out_shardings=found)(params)
+    updates, new = jax.jit(opt.update)(params, state, params)
+    assert types_of(updates) == types_of(params)
+    assert types_of(new) == types_of(state)
+
+
+def test_paths_that_end_alike():
+    """A parameter may be called like a part of the state, or like a part of another's path."""
+    mesh = _mesh()
+    specs = {"mu": {"mu": P("data"), "x": P(None, "data")}, "x": P("model"), "count": P(None)}
+    params = jax.tree.map(
+        lambda spec: jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, spec)),
+        specs,
+        is_leaf=lambda x: isinstance(x, P),
+    )
+    opt = optax.chain(optax.trace(0.9), _adamaxw())
+    found = sharding.of_state(opt, params)
+    for tree in (found[0].trace, found[1].mu, found[1].nu):
+        assert jax.tree.map(lambda x: x.spec, tree) == specs
+    assert found[1].count.spec == P()
+
+
+def test_in_lookahead():
+    """Its params are pairs, of which our state belongs to one."""
+    params = _params(_mesh())
+    opt = optax.lookahead(_adamaxw(), 3, 0.5)
+    found = sharding.of_state(opt, optax.LookaheadParams.init_synced(params), data_axis="data")
+    assert found.fast_state.mu["w"].spec == P("data", "model")
+    assert found.fast_state.nu["b"].spec == P("model")
+
+
+def test_in_a_transformation_that_flattens():
+    """No leaf of the state has the path of a parameter: all are replicated."""
+    params = _params(_mesh(AxisType.Explicit))
+    found = sharding.of_state(optax.flatten(_adamaxw()), params)
+    assert all(where.spec == P() for where in jax.tree.leaves(found))
+
+
 def test_only_our_moments_are_spread():
     """Other transformations compute with theirs where the params are."""
     opt = optax.chain(optax.ema(0.9), _adamaxw())
@@ -152,6 +199,17 @@ def test_abstract_mesh():
     lines = str(sharding.describe(state)).splitlines()
     assert lines[-2].split() == ["a", "device", f"{2 * 2**21 + 8:,}"]
     assert lines[-1].split()[-1] == f"{2 * 2**33 + 8:,}"
+
+
+@pytest.mark.parametrize("memory_kind", [None, "pinned_host"])
+def test_memory_of_an_abstract_mesh(memory_kind):
+    """It is that of the params, or what is asked for: no device is there to be asked."""
+    where = NamedSharding(AbstractMesh((8,), ("data",)), P(), memory_kind="unpinned_host")
+    params = jax.ShapeDtypeStruct((8, 3), jnp.float32, sharding=where)
+    found = sharding.of_state(_adamaxw(), params, data_axis="data", memory_kind=memory_kind)
+    assert found.mu.memory_kind == (memory_kind or "unpinned_host")
+    assert found.mu.spec == P("data", None)
+    assert found.count.memory_kind is None
 
 
 def test_params_on_one_device_or_on_none():
@@ -203,15 +261,6 @@ def test_no_device_ever_holds_the_whole_state(axis_type, moment_dtype):
     assert state.count.is_fully_replicated
 
 
-def _collectives(text):
-    """The kinds of communication in compiled HLO, with the shape of each result."""
-    kinds = (
-        "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute|collective-broadcast"
-    )
-    pattern = rf"= (.*?) ({kinds}|ragged-all-to-all)(?:-start)?\("
-    return sorted((kind, shape.split("{")[0]) for shape, kind in re.findall(pattern, text))
-
-
 @pytest.mark.parametrize("gradients", ["replicated", "spread"])
 @pytest.mark.parametrize("moment_dtype", _FORMATS)
 @_AXIS_TYPES
@@ -247,7 +296,7 @@ def test_the_update_gathers_each_parameter_once(axis_type, moment_dtype, gradien
         return optax.apply_updates(params, updates), state
 
     compiled = step.lower(grads, state, params).compile()
-    assert _collectives(compiled.as_text()) == [
+    assert sorted(collectives(compiled.as_text())) == [
         ("all-gather", "f32[16,64]"),
         ("all-gather", "f32[64,256]"),
     ]
@@ -326,6 +375,24 @@ def test_gradients_that_lie_nowhere(axis_type):
         updates, _ = update(grads, state, params)
         expected, _ = update(params, state, params)
         assert_equal_across_meshes(updates, expected)
+        assert types_of(updates) == types_of(params)
+
+
+@_AXIS_TYPES
+def test_master_params_of_a_spread_state(axis_type):
+    """The residuals lie elsewhere than the params."""
+    params = _params(_mesh(axis_type), jnp.bfloat16)
+    opt = _adamaxw(param_rounding="exact")
+    found = sharding.of_state(opt, params, data_axis="data")
+    state = jax.jit(opt.init, out_shardings=found)(params)
+    for _ in range(3):
+        updates, state = opt.update(params, state, params)
+        params = apply_updates(params, updates)
+    weights = adamaxw.moments.master_params(params, state)
+    alone = jax.tree.map(np.asarray, (params, state))
+    assert_equal_across_meshes(weights, adamaxw.moments.master_params(*alone))
+    if axis_type == AxisType.Explicit:
+        assert _specs(weights) == _specs(state.mu)
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="jax knows no reduced types before")
@@ -409,6 +476,33 @@ def test_describe_arrays():
     assert len(sharding.describe({}).rows) == 0
 
 
+def test_describe_what_lies_in_another_memory():
+    """It is not counted as memory of the devices."""
+    mesh = AbstractMesh((8,), ("data",))
+    where = NamedSharding(mesh, P("data"))
+    tree = {
+        "here": jax.ShapeDtypeStruct((16, 3), jnp.int8, sharding=where),
+        "there": jax.ShapeDtypeStruct(
+            (16, 5), jnp.int8, sharding=where.with_memory_kind("pinned_host")
+        ),
+    }
+    table = sharding.describe(tree)
+    assert [row[3] for row in table.rows] == ["P('data')", "P('data'), pinned_host"]
+    assert [(row[0], row[-1]) for row in table.footer] == [
+        ("a device", "6"),
+        ("its pinned_host", "10"),
+        ("in all, each once", "128"),
+    ]
+    assert sharding.bytes_a_device(tree) == 6
+
+
+class _Other(Sharding):
+    """As of programs that are not written in JAX."""
+
+    def check_compatible_aval(self, aval_shape):
+        """Fits all."""
+
+
 _LEAF = jax.ShapeDtypeStruct((8,), jnp.float32)
 
 
@@ -423,6 +517,18 @@ _LEAF = jax.ShapeDtypeStruct((8,), jnp.float32)
         ),
         (lambda p: sharding.of_state(_adamaxw(), p, data_axis=3), TypeError, "data_axis.*got 3"),
         (
+            lambda p: sharding.of_state(_adamaxw(), p, data_axis=("data", "data")),
+            ValueError,
+            r"data_axis.*once, got \('data', 'data'\)",
+        ),
+        (
+            lambda p: sharding.of_state(
+                _adamaxw(), {"w": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=_Other())}
+            ),
+            ValueError,
+            r"params\['w'\] must have a NamedSharding",
+        ),
+        (
             lambda p: sharding.of_state(_adamaxw(), p, memory_kind="disk"),
             ValueError,
             "memory_kind.*cpu devices have, .*'device'.*, got 'disk'",
@@ -435,7 +541,7 @@ _LEAF = jax.ShapeDtypeStruct((8,), jnp.float32)
         (
             lambda p: sharding.of_state(_adamaxw(), jnp.ones(8), data_axis="data"),
             ValueError,
-            r"data_axis.*axes \(\), got 'data'",
+            r"data_axis.*axes \(\), got 'data'.*device_put",
         ),
         (
             lambda p: sharding.of_state(

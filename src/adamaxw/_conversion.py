@@ -140,11 +140,6 @@ def _check_alike(name: str, state: AdamaxState, other_name: str, like: AdamaxSta
     )
     for (path, m), u, other_m, other_u in rows:
         leaf = keystr(path)
-        for x in (m, u):
-            if not hasattr(x, "dtype"):
-                raise TypeError(
-                    f"{name}.mu{leaf} and .nu{leaf} must be arrays, got {_leaves.describe(x)}"
-                )
         if not m.shape == u.shape == other_m.shape == other_u.shape:
             raise ValueError(
                 f"{name}.mu{leaf} and .nu{leaf} have shapes {m.shape} and {u.shape}, those of "

@@ -431,7 +431,7 @@ def _step_leaf(
         decay=cast(step.decay, ratio.dtype),
     )
     update, residual = rounding.write(update, value, p, leaf.residual, other_noise, g.dtype)
-    return _places.lie_like(update, leaf.g), mu, nu, residual
+    return _places.lie_like(update, leaf.g, leaf.p), mu, nu, residual
 
 
 def _unchanged(leaf: _leaves.Leaf) -> tuple[Any, Any, Any, Any]:

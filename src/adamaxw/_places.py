@@ -51,12 +51,15 @@ def lie_together(tree: Any) -> bool:
     return len(places) <= 1
 
 
-def lie_like(x: Any, y: Any) -> Any:
-    """`x` sharded like `y`, where the axes of the mesh are explicit; elsewhere JAX sees to that.
+def lie_like(x: Any, *others: Any) -> Any:
+    """`x` sharded like the first other that is on a mesh, where its axes are explicit.
 
-    `x` stays where `y` is on no mesh, or a sum still to be done over its mesh.
+    Elsewhere JAX sees to that. `x` stays where none is, and where that one is a sum still to be
+    done over the mesh. An other may be None.
     """
-    goal = jax.typeof(y).sharding
-    has_place = not goal.mesh.empty and not getattr(goal.spec, "unreduced", None)
+    goals = (jax.typeof(y).sharding for y in others if y is not None)
+    goal = next((goal for goal in goals if not goal.mesh.empty), None)
+    if goal is None or getattr(goal.spec, "unreduced", None):
+        return x
     differs = jax.typeof(x).sharding.spec != goal.spec
-    return jax.sharding.reshard(x, goal) if has_place and differs else x
+    return jax.sharding.reshard(x, goal) if differs else x

@@ -283,7 +283,7 @@ def master_params(params: Any, state: AdamaxState) -> Any:
 
     Returns:
         params, with float32 in place of each bfloat16 leaf that has a residual. Rounded to bfloat16
-        they are params.
+        they are params. Where axes of a mesh are explicit, these leaves lie like the residuals.
 
     Raises:
         TypeError: it is no AdamaxState.
@@ -307,7 +307,7 @@ def master_params(params: Any, state: AdamaxState) -> Any:
                 f"params{jax.tree_util.keystr(path)} must be bfloat16 of shape {residual.shape}, "
                 f"like its residual, got {_leaves.describe(p)}"
             )
-        return _rounding.join(p, residual)
+        return _rounding.join(_places.lie_like(p, residual), residual)
 
     _leaves.broadcast("params", params, "state.residual", state.residual, lambda x: x is None)
     return jax.tree_util.tree_map_with_path(

@@ -7,7 +7,8 @@ https://arxiv.org/abs/1910.02054).
 """
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import (
+    AbstractMesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
 
 from adamaxw import _leaves, _paths, _places
 from adamaxw._optimizer import AdamaxState
@@ -72,33 +79,44 @@ def of_state(
     everywhere = _everywhere(params)
     axes = _axes(data_axis, everywhere)
     _check_memory(memory_kind, everywhere)
+    # The params of optax.lookahead are two trees, of which its optimizer sees one.
+    seen = params.fast if isinstance(params, optax.LookaheadParams) else params
     beside = {
         path: (np.shape(p), p.sharding if _places.is_placed(p) else everywhere)
-        for path, p in jax.tree_util.tree_leaves_with_path(params)
+        for path, p in jax.tree_util.tree_leaves_with_path(seen)
     }
 
     def follow(path: jax.tree_util.KeyPath, x: Any) -> Any:
         ends = (path[i:] for i in range(len(path) + 1))
-        shape, sharding = next((beside[end] for end in ends if end in beside), ((), everywhere))
-        sharding = sharding if shape == x.shape else everywhere
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        found = (beside[end] for end in ends if end in beside)
+        return next((sharding for shape, sharding in found if shape == x.shape), everywhere)
 
-    def spread(x: Any) -> Any:
-        sharding = _spread(x.sharding, x.shape, axes) if axes else x.sharding
-        if memory_kind is not None:
-            sharding = sharding.with_memory_kind(memory_kind)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    def place(sharding: Any, x: Any, trains: bool = True) -> Any:
+        # Updates of what does not train are its moments, and must lie like the parameter.
+        if axes and trains:
+            sharding = _spread(sharding, x.shape, axes)
+        return sharding if memory_kind is None else sharding.with_memory_kind(memory_kind)
 
-    def spread_moments(x: Any) -> Any:
+    def of_node(path: jax.tree_util.KeyPath, x: Any) -> Any:
         if not isinstance(x, AdamaxState):
-            return x
-        mu, nu, residual = jax.tree.map(spread, (x.mu, x.nu, x.residual))
-        return x._replace(mu=mu, nu=nu, residual=residual)
+            return follow(path, x)
+        # By paths inside each: a parameter may be called mu as well.
+        mu, nu, residual = (
+            jax.tree_util.tree_map_with_path(follow, tree) for tree in (x.mu, x.nu, x.residual)
+        )
+        trains = jax.tree.map(_leaves.trains, x.mu, x.nu)
+        return AdamaxState(
+            everywhere,
+            jax.tree.map(place, mu, x.mu, trains),
+            jax.tree.map(place, nu, x.nu, trains),
+            None if x.nu_scale is None else everywhere,
+            jax.tree.map(place, residual, x.residual),
+        )
 
     state = jax.eval_shape(opt.init, jax.tree.map(_unplaced, params))
-    state = jax.tree_util.tree_map_with_path(follow, state)
-    state = jax.tree.map(spread_moments, state, is_leaf=lambda x: isinstance(x, AdamaxState))
-    return jax.tree.map(lambda x: x.sharding, state)
+    return jax.tree_util.tree_map_with_path(
+        of_node, state, is_leaf=lambda x: isinstance(x, AdamaxState)
+    )
 
 
 def describe(tree: Any) -> Table:
@@ -110,7 +128,8 @@ def describe(tree: Any) -> Table:
 
     Returns:
         A table with the path, shape, dtype and sharding of each leaf, the devices that share one
-        copy of it, and the bytes of its part on one device, and with totals. `print` shows it as
+        copy of it, and the bytes of its part on one device, and with totals; what lies in another
+        memory, such as that of the host, is marked and has a total of its own. `print` shows it as
         text, `rich.print` with rules.
 
     Raises:
@@ -139,22 +158,26 @@ def describe(tree: Any) -> Table:
         a device                                                                  62
         in all, each once                                                        398
     """
-    rows = []
-    for path, x in _paths.named(tree):
-        part, size = _part(path, x), math.prod(x.shape)
+    held: Counter[str | None] = Counter({None: 0})
+    rows, in_all = [], 0
+    for path, x, part, memory in _parts(tree):
+        size = math.prod(x.shape)
         is_named = isinstance(x.sharding, NamedSharding)
         devices = x.sharding.mesh.size if is_named else x.sharding.num_devices
         copies = devices * part // size if size else devices
-        words = f"P({', '.join(map(repr, x.sharding.spec))})" if is_named else "one device"
-        part_bytes = f"{part * x.dtype.itemsize:,}"
-        rows.append((path, str(x.shape), str(x.dtype), words, f"{copies}", part_bytes))
-    in_all = sum(math.prod(x.shape) * x.dtype.itemsize for _, x in _paths.named(tree))
+        words = _words(x.sharding)
+        words = words if memory is None else f"{words}, {memory}"
+        part_bytes = part * x.dtype.itemsize
+        held[memory] += part_bytes
+        in_all += size * x.dtype.itemsize
+        rows.append((path, str(x.shape), str(x.dtype), words, f"{copies}", f"{part_bytes:,}"))
+    totals = [("a device" if kind is None else f"its {kind}", held[kind]) for kind in held]
     return Table(
         columns=("path", "shape", "dtype", "sharding", "copies", "bytes a device"),
         rows=tuple(rows),
-        footer=(
-            ("a device", "", "", "", "", f"{bytes_a_device(tree):,}"),
-            ("in all, each once", "", "", "", "", f"{in_all:,}"),
+        footer=tuple(
+            (words, "", "", "", "", f"{total:,}")
+            for words, total in (*totals, ("in all, each once", in_all))
         ),
         right=("copies", "bytes a device"),
     )
@@ -163,26 +186,36 @@ def describe(tree: Any) -> Table:
 def bytes_a_device(tree: Any) -> int:
     """The bytes of the parts of a tree on each device: the total of `describe`.
 
+    What lies in another memory, such as that of the host, is not counted.
+
     Args:
         tree: as for `describe`.
 
     Raises:
         TypeError, ValueError: as from `describe`.
     """
-    return sum(_part(path, x) * x.dtype.itemsize for path, x in _paths.named(tree))
+    return sum(part * x.dtype.itemsize for _, x, part, memory in _parts(tree) if memory is None)
 
 
-def _part(path: str, x: Any) -> int:
-    """How many elements of an array are on each device."""
-    if not isinstance(getattr(x, "sharding", None), Sharding):
-        raise TypeError(
-            f"{path!r} must be an array, or a jax.ShapeDtypeStruct with a sharding, got "
-            f"{_leaves.describe(x)}"
-        )
-    try:
-        return math.prod(x.sharding.shard_shape(x.shape))
-    except ValueError as error:
-        raise ValueError(f"{path!r}: {error}") from None
+def _words(sharding: Sharding) -> str:
+    if isinstance(sharding, NamedSharding):
+        return f"P({', '.join(map(repr, sharding.spec))})"
+    return "one device" if isinstance(sharding, SingleDeviceSharding) else str(sharding)
+
+
+def _parts(tree: Any) -> Iterator[tuple[str, Any, int, str | None]]:
+    """Path, leaf, how many of its elements are on each device, and the memory if not its own."""
+    for path, x in _paths.named(tree):
+        if not isinstance(getattr(x, "sharding", None), Sharding):
+            raise TypeError(
+                f"{path!r} must be an array, or a jax.ShapeDtypeStruct with a sharding, got "
+                f"{_leaves.describe(x)}"
+            )
+        try:
+            part = math.prod(x.sharding.shard_shape(x.shape))
+        except ValueError as error:
+            raise ValueError(f"{path!r}: {error}") from None
+        yield path, x, part, _other_memory(x.sharding)
 
 
 def _everywhere(params: Any) -> Any:
@@ -198,11 +231,22 @@ def _everywhere(params: Any) -> Any:
                 f"{name} is a jax.ShapeDtypeStruct without a sharding: those that "
                 "jax.jit(init, out_shardings=...).eval_shape() gives have one"
             )
+        if _places.is_placed(p):
+            kinds = (NamedSharding, SingleDeviceSharding)
+            if not isinstance(p.sharding, kinds):
+                raise ValueError(
+                    f"{name} must have a NamedSharding or a SingleDeviceSharding, got {p.sharding}"
+                )
+            spec = getattr(p.sharding, "spec", None)
+            if getattr(spec, "reduced", None) or getattr(spec, "unreduced", None):
+                raise ValueError(
+                    f"{name} must not have axes of the mesh that are reduced or unreduced, got "
+                    f"{spec}: call of_state on the params before that"
+                )
     found = _places.places(params)
-    if len(found) > 1 or None in found:
+    if len(found) > 1:
         raise ValueError(
-            "params must be on one mesh, with a NamedSharding each, or on one device, got "
-            f"{', '.join(map(str, found))}"
+            f"params must be on one mesh or on one device, got {', '.join(map(str, found))}"
         )
     return found.pop() if found else jnp.zeros(()).sharding
 
@@ -215,21 +259,38 @@ def _axes(data_axis: Any, everywhere: Any) -> tuple[str, ...]:
     for axis in axes:
         if axis not in names:
             raise ValueError(
-                f"data_axis must be of the mesh of params, which has the axes {names}, got {axis!r}"
+                f"data_axis must be of the mesh of params, which has the axes {names}, got "
+                f"{axis!r}; jax.device_put with shardings puts params on a mesh"
             )
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"data_axis must name each axis once, got {data_axis!r}")
     return tuple(axes)
 
 
 def _check_memory(kind: str | None, everywhere: Any) -> None:
-    if kind is None or isinstance(getattr(everywhere, "mesh", None), AbstractMesh):
+    device = _one_device(everywhere)
+    if kind is None or device is None:
         return
-    device = min(everywhere.addressable_devices, key=lambda device: device.id)
     kinds = [memory.kind for memory in device.addressable_memories()]
     if kind not in kinds:
         raise ValueError(
             f"memory_kind must be one that {device.platform} devices have, "
             f"{', '.join(map(repr, kinds))}, got {kind!r}"
         )
+
+
+def _one_device(sharding: Any) -> Any:
+    """A device of this process; None for an abstract mesh, and for one of other processes."""
+    if isinstance(getattr(sharding, "mesh", None), AbstractMesh):
+        return None
+    return min(sharding.addressable_devices, key=lambda device: device.id, default=None)
+
+
+def _other_memory(sharding: Any) -> str | None:
+    """The kind of memory, unless it is the one in which a device computes."""
+    device, kind = _one_device(sharding), sharding.memory_kind
+    usual = "device" if device is None else device.default_memory().kind
+    return None if kind == usual else kind
 
 
 def _spread(sharding: NamedSharding, shape: tuple[int, ...], axes: tuple[str, ...]) -> Any:
@@ -240,9 +301,10 @@ def _spread(sharding: NamedSharding, shape: tuple[int, ...], axes: tuple[str, ..
     parts = math.prod(sharding.mesh.shape[axis] for axis in free)
     for i, size in enumerate(shape):
         if free and not spec[i] and size and size % parts == 0:
-            spec[i] = free[0] if len(free) == 1 else free
-            spread = PartitionSpec(*spec)
-            return NamedSharding(sharding.mesh, spread, memory_kind=sharding.memory_kind)
+            spec[i] = free
+            return NamedSharding(
+                sharding.mesh, PartitionSpec(*spec), memory_kind=sharding.memory_kind
+            )
     return sharding
 
 
