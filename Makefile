@@ -20,6 +20,7 @@ check: .venv/.installed
 # The tests of the package itself under the lower bounds of its dependencies, where Flax warns.
 lowest: .venv-lowest/.installed
 	.venv-lowest/bin/python -m pytest -n auto tests src --ignore-glob='*test_example_*' \
+	  --ignore-glob='*multiprocess_job*' \
 	  -W 'ignore:jax.array_ref:DeprecationWarning' -W 'ignore:jax.ArrayRef:DeprecationWarning'
 
 # The documentation, in output/site: broken links and anchors are errors. The pages open from the

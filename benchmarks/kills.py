@@ -37,6 +37,39 @@ STEPS, SAVE_EVERY = 2000, 10
 PATIENCE = 300
 
 
+def kill_group(process: Any, rng: random.Random) -> None:
+    """Kills a process and all that it has started."""
+    del rng
+    os.killpg(process.pid, signal.SIGKILL)
+
+
+class Program(NamedTuple):
+    """What is killed.
+
+    Attributes:
+        command: to which `--steps`, `--save-every` and `--output` are added.
+        save_every: steps.
+        max_saves: how many are awaited before a kill, at most.
+        start_up: seconds in which a kill at any time falls.
+        kill: kills the process, or some of it, at random.
+        status: of the process after that.
+        last_line: which it then prints, a regular expression; None: any.
+    """
+
+    command: list[str]
+    save_every: int
+    max_saves: int
+    start_up: float
+    kill: Callable[[Any, random.Random], None]
+    status: int
+    last_line: str | None
+
+
+RESUME = Program(
+    [sys.executable, str(PROGRAM)], SAVE_EVERY, 12, 8.0, kill_group, -signal.SIGKILL, None
+)
+
+
 class Survival(NamedTuple):
     """What became of a run that was killed and restarted.
 
@@ -46,6 +79,7 @@ class Survival(NamedTuple):
         while_writing: how many kills left a checkpoint half written.
         while_deleting: how many left one half deleted.
         end: the last line of the run, with its checksum.
+        seconds: from each kill until the process had ended.
     """
 
     kills: int
@@ -53,14 +87,17 @@ class Survival(NamedTuple):
     while_writing: int
     while_deleting: int
     end: str
+    seconds: list[float]
 
 
-def undisturbed(folder: Path, steps: int = STEPS) -> str:
+def undisturbed(folder: Path, steps: int = STEPS, program: Program = RESUME) -> str:
     """The last line of a run that nothing stops, in an empty folder."""
-    return killed(folder, 0, 0, steps).end
+    return killed(folder, 0, 0, steps, program).end
 
 
-def killed(folder: Path, kills: int, seed: int, steps: int = STEPS) -> Survival:
+def killed(
+    folder: Path, kills: int, seed: int, steps: int = STEPS, program: Program = RESUME
+) -> Survival:
     """Kills a run and starts it again.
 
     Args:
@@ -68,32 +105,37 @@ def killed(folder: Path, kills: int, seed: int, steps: int = STEPS) -> Survival:
         kills: how often; fewer if it ends before.
         seed: of the moments.
         steps: of the run.
+        program: what is run.
 
     Raises:
         RuntimeError: it failed without being killed; with the end of what it printed.
     """
     rng = random.Random(seed)
     checkpoints = folder / "checkpoints"
-    restarts, left, safe = [], Counter(), 0
+    restarts, left, safe, seconds = [], Counter(), 0, []
     for start in range(kills + 1):
         log = folder / f"{start}.txt"
         before = _half_done(checkpoints)
-        process = _start(checkpoints, log, steps)
+        process = _start(program, checkpoints, log, steps)
         try:
-            if start < kills:
-                _wait_for_moment(process, checkpoints, rng)
-            else:
+            if start == kills:
                 process.wait(PATIENCE)
+            else:
+                _wait_for_moment(program, process, checkpoints, rng)
+                began = time.monotonic()
+                if process.poll() is None:
+                    program.kill(process, rng)
+                process.wait(PATIENCE)
+                seconds.append(time.monotonic() - began)
         finally:
             if process.poll() is None:
-                # The group, so that nothing which it has started lives on.
-                os.killpg(process.pid, signal.SIGKILL)
+                kill_group(process, rng)
         status = process.wait(PATIENCE)
-        if status not in (0, -signal.SIGKILL):
-            end = log.read_text()[-2000:]
-            raise RuntimeError(f"seed {seed}, start {start}: status {status}: {end}")
         # The lines that were printed to their end.
         lines = log.read_text().split("\n")[:-1]
+        if not (status == 0 or (status == program.status and _is_expected(program, lines))):
+            end = "\n".join(lines)[-2000:]
+            raise RuntimeError(f"seed {seed}, start {start}: status {status}: {end}")
         for line in lines:
             if found := re.fullmatch(r"goes on from step (\d+)", line):
                 restarts.append((safe, int(found[1])))
@@ -102,7 +144,7 @@ def killed(folder: Path, kills: int, seed: int, steps: int = STEPS) -> Survival:
             elif found := re.fullmatch(r"saved step (\d+)", line):
                 safe = int(found[1])
         if status == 0:
-            return Survival(start, restarts, left["writing"], left["deleting"], lines[-1])
+            return Survival(start, restarts, left["writing"], left["deleting"], lines[-1], seconds)
         left.update({how for how, _ in _half_done(checkpoints) - before})
     raise AssertionError("the last process is not killed, or there is an error")
 
@@ -117,24 +159,28 @@ def losses(survival: Survival, end: str) -> list[str]:
     return lost if survival.end == end else [*lost, f"ended with {survival.end}, not {end}"]
 
 
-def _start(checkpoints: Path, log: Path, steps: int) -> subprocess.Popen[Any]:
-    flags = ["--steps", str(steps), "--save-every", str(SAVE_EVERY), "--output", str(checkpoints)]
+def _is_expected(program: Program, lines: list[str]) -> bool:
+    return program.last_line is None or bool(re.fullmatch(program.last_line, lines[-1]))
+
+
+def _start(program: Program, checkpoints: Path, log: Path, steps: int) -> subprocess.Popen[Any]:
+    flags = ["--steps", str(steps), "--save-every", str(program.save_every)]
     with log.open("w") as file:
         return subprocess.Popen(
-            [sys.executable, str(PROGRAM), *flags],
+            [*program.command, *flags, "--output", str(checkpoints)],
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
 
 
-def _wait_for_moment(process: Any, checkpoints: Path, rng: random.Random) -> None:
+def _wait_for_moment(program: Program, process: Any, checkpoints: Path, rng: random.Random) -> None:
     """Returns at a random moment, or when the process has ended."""
     how = rng.choices(("writing", "deleting", "any"), (6, 2, 2))[0]
-    saves, delay = rng.randint(1, 12), rng.uniform(0, 0.08)
+    saves, delay = rng.randint(1, program.max_saves), rng.uniform(0, 0.08)
     if how == "any":
-        saves, delay = 0, rng.uniform(0, 8)
-    goal = _latest(checkpoints) + saves * SAVE_EVERY
+        saves, delay = 0, rng.uniform(0, program.start_up)
+    goal = _latest(checkpoints) + saves * program.save_every
     _poll(process, lambda: _latest(checkpoints) >= goal)
     if how != "any":
         _poll(process, lambda: how in {half for half, _ in _half_done(checkpoints)})
@@ -179,6 +225,14 @@ def summary(totals: dict[str, int]) -> str:
     )
 
 
+def write(path: Path, found: dict[str, Any]) -> None:
+    """Writes results, each run on a line."""
+    path.parent.mkdir(exist_ok=True)
+    rows = ",\n".join(f"  {json.dumps(run)}" for run in found["runs"])
+    head = json.dumps({**found, "runs": []}, indent=1).removesuffix("[]\n}")
+    path.write_text(f"{head}[\n{rows}\n ]\n}}\n")
+
+
 def main() -> None:
     """Kills, prints what was lost, and writes the results."""
     parser = argparse.ArgumentParser(description="Kill the training of examples/resume.py.")
@@ -217,10 +271,7 @@ def main() -> None:
         "totals": totals,
         "runs": runs,
     }
-    args.results.parent.mkdir(exist_ok=True)
-    rows = ",\n".join(f"  {json.dumps(run)}" for run in found.pop("runs"))
-    head = json.dumps(found, indent=1).removesuffix("\n}")
-    args.results.write_text(f'{head},\n "runs": [\n{rows}\n ]\n}}\n')
+    write(args.results, found)
     print(summary(totals))
     sys.exit(totals["losses"] > 0)
 

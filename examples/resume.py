@@ -10,25 +10,22 @@ nothing stopped. Start it, stop it at any moment, and start it again::
 The folder is for one run: others in it with numbers for names are taken for its checkpoints.
 """
 
-import hashlib
 import math
 import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import checkpoints
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from command_line import OPTIMIZERS, Parser, integer_in
-from orbax.checkpoint import v1 as ocp
 from sklearn.datasets import load_digits
 
 import adamaxw
 
 BATCH = 64
-KEEP = 3  # checkpoints
 
 
 class Run(NamedTuple):
@@ -81,60 +78,6 @@ def train_step(run: Run, optimizer: Any, data: Any, key: jax.Array, step: Any) -
     return Run(optax.apply_updates(run.params, updates), state)
 
 
-def checksum(tree: Any) -> str:
-    """A hash of every bit of a tree of arrays, with their names and dtypes."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}\n".encode())
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()
-
-
-def restore(checkpoints: ocp.training.Checkpointer, abstract: Run, flags: dict[str, Any]) -> Run:
-    """The latest checkpoint.
-
-    Args:
-        checkpoints: a folder with at least one.
-        abstract: shapes, dtypes and shardings of the run.
-        flags: those that it must have been saved with.
-
-    Raises:
-        ValueError: it was saved with others, or is damaged. An older one is not taken in its place,
-            nor is training begun anew: that is for the user to decide.
-    """
-    assert checkpoints.latest is not None
-    step = checkpoints.latest.step
-    place = checkpoints.directory / str(step)
-
-    def damaged(why: str) -> ValueError:
-        return ValueError(
-            f"{place} is damaged or cannot be read ({why}): move it away to go on from the "
-            "checkpoint before it, or pass another --output to begin anew"
-        )
-
-    try:
-        saved: Any = checkpoints.metadata(step).custom_metadata
-        passed = saved["flags"]
-    # Of what is damaged, Orbax raises almost anything.
-    except Exception as error:
-        raise damaged(type(error).__name__) from error
-    if passed != flags:
-        words = (f"--{name.replace('_', '-')} {value}" for name, value in passed.items())
-        raise ValueError(
-            f"{place} was saved with {' '.join(words)}: pass the same, or another --output"
-        )
-    try:
-        run = checkpoints.load(step, abstract)
-    except Exception as error:
-        raise damaged(type(error).__name__) from error
-    # Orbax does not notice a flipped bit, and casts to whatever dtypes it is asked for.
-    if checksum(run) != saved["checksum"]:
-        raise damaged("its checksum differs")
-    if step != saved["step"]:
-        raise damaged(f"it was saved as step {saved['step']}")
-    return run
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains from the last checkpoint to the end; returns the exit status."""
     parser = Parser(
@@ -166,36 +109,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         partial(first, optimizer, init_key),
         out_shardings=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
     )
-    latest_ones: Any = ocp.training.preservation_policies.LatestN(KEEP)
-    # Orbax writes to a temporary folder, and renames it when all is there: a folder with a number
-    # for its name is complete. What a killed run has left of others is removed.
-    with ocp.training.Checkpointer(
-        args.output.absolute(), preservation_policy=latest_ones, cleanup_tmp_directories=True
-    ) as checkpoints:
-        if checkpoints.latest is None:
-            start, run = 0, init()
-            print("begins anew", flush=True)
-        else:
-            start = checkpoints.latest.step
-            if start > args.steps:
-                parser.error(f"argument --steps: {args.output} is at step {start} already")
-            try:
-                # From shapes and places alone: nothing is allocated before.
-                run = restore(checkpoints, init.eval_shape(), flags)
-            except ValueError as error:
-                parser.fail(str(error))
-            print(f"goes on from step {start}", flush=True)
+    with checkpoints.opened(args.output) as folder:
+        start, run = checkpoints.begin(folder, init, args.steps, flags, parser)
         for step in range(start, args.steps):
             run = train_step(run, optimizer, data, data_key, step)
             done = step + 1
             if done % args.save_every == 0 or done == args.steps:
-                about: Any = {"flags": flags, "step": done, "checksum": checksum(run)}
-                checkpoints.save(done, run, force=True, custom_metadata=about)
-                print(f"saved step {done}", flush=True)
+                checkpoints.save(folder, done, run, flags)
     final = float(loss(run.params, *data))
     if not math.isfinite(final):
         parser.fail("diverged; try another --learning-rate, with another --output")
-    print(f"loss {final:.4f}, checksum {checksum(run)[:16]}")
+    print(f"loss {final:.4f}, checksum {checkpoints.checksum(run)[:16]}")
     return 0
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import checkpoints
 import jax
 import kills
 import numpy as np
@@ -26,7 +27,7 @@ def test_killed_at_random_it_ends_as_if_undisturbed(tmp_path):
         folder.mkdir()
     end = kills.undisturbed(folders[0], _STEPS)
     seed = np.random.SeedSequence().entropy % 2**32
-    survival = kills.killed(folders[1], 3, seed, _STEPS)
+    survival = kills.killed(folders[1], 2, seed, _STEPS)
     assert kills.losses(survival, end) == [], f"with the seed {seed}: {survival}"
     assert survival.kills > 0, f"with the seed {seed}"
 
@@ -174,6 +175,6 @@ def test_checksum_tells_what_orbax_casts():
     """Equal values in another dtype, or under another name, are not the same."""
     tree = {"a": np.arange(3, dtype=np.uint8)}
     others = [{"a": np.arange(3, dtype=np.int8)}, {"b": tree["a"]}, {"a": tree["a"][:, None]}]
-    sums = {resume.checksum(other) for other in (tree, *others)}
+    sums = {checkpoints.checksum(other) for other in (tree, *others)}
     assert len(sums) == 4
-    assert resume.checksum({"a": tree["a"].copy()}) in sums
+    assert checkpoints.checksum({"a": tree["a"].copy()}) in sums
