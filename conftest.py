@@ -29,14 +29,20 @@ def compile_fast():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def _set_promotion(mode):
-    return lambda namespace: jax.config.update("jax_numpy_dtype_promotion", mode)
+def _before_snippets(namespace):
+    # As readers run them: the schedules of Optax do not know strict promotion.
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
-# Snippets run as readers would run them: the schedules of Optax do not know strict promotion.
+def _after_snippets(namespace):
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser()],
     patterns=["README.md", "docs/*.md"],
-    setup=_set_promotion("standard"),
-    teardown=_set_promotion("strict"),
+    setup=_before_snippets,
+    teardown=_after_snippets,
 ).pytest()

@@ -17,7 +17,7 @@ _MATRICES = {"w": True, "b": False, "s": False}
 
 
 # The wrappers of Optax promote.
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion", "compile_fast")
 
 
 def _labels(params):

@@ -19,7 +19,7 @@ import adamaxw
 from adamaxw.moments import Moments, convert, pack, unpack
 
 # The schedules and wrappers of Optax promote.
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion", "compile_fast")
 
 _PARAMS = {"w": jnp.linspace(-1.0, 1.0, 12).reshape(4, 3), "b": jnp.ones(3), "s": jnp.ones(())}
 _MASK = {"w": True, "b": False, "s": False}

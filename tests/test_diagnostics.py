@@ -12,6 +12,8 @@ from modes import apply_updates, x64
 
 import adamaxw
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 _EPS = 1e-4
 _FORMATS = (None, "bfloat16", "uint8")
 _PARAMS = {

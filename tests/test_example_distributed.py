@@ -13,12 +13,14 @@ from pathlib import Path
 
 import checkpoints
 import distributed
+import jax.numpy as jnp
 import launcher
 import multiprocess_job
 import numpy as np
 import psutil
 import pytest
 import worker_kills
+from command_line import Parser
 from command_lines import one_line_error
 from equality import WITHOUT_FUSED_MULTIPLY_ADD
 
@@ -242,15 +244,16 @@ def test_goes_on_elsewhere(tmp_path, undisturbed):
     assert last == undisturbed[1]
 
 
-def test_divergence_is_one_line(tmp_path, fast):
-    """Found by every process, said once."""
-    flags = ("--processes", 1, "--devices", 1, "--learning-rate", "1e38")
-    done = subprocess.run(
-        _command(tmp_path, *flags), capture_output=True, text=True, timeout=_PATIENCE
-    )
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert re.search(r"error: diverged after \d+ steps; try another --learning-rate", line)
+def test_divergence_is_one_line(capsys):
+    """A loss that is not finite: exit status 1, and what may help."""
+    parser = Parser("", 0.1, 0.0, "output")
+    distributed.check_loss(jnp.float32(3), 7, parser)
+    for loss in (jnp.inf, jnp.nan):
+        with pytest.raises(SystemExit) as end:
+            distributed.check_loss(jnp.float32(loss), 7, parser)
+        assert end.value.code == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "error: diverged after 7 steps; try another --learning-rate" in line
 
 
 @pytest.mark.parametrize(

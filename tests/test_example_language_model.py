@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("compile_fast")
 
 @pytest.mark.parametrize(
     ("optimizer", "dtype"),
-    [("adamaxw", "float32"), ("adamaxw", "bfloat16"), ("optax.adamw", "float32")],
+    [("adamaxw", "bfloat16"), ("optax.adamw", "float32")],
 )
 def test_trains_and_draws(optimizer, dtype, tmp_path, capsys):
     """In a few steps the held-out loss falls clearly; the picture is a PNG."""
@@ -63,7 +63,7 @@ def test_same_seed_same_run(tmp_path, capsys):
 def test_formats_and_rounding(flags, sizes, tmp_path, capsys):
     """Every format trains, and the bytes printed are those of the arrays, to the scalars."""
     with jax.numpy_dtype_promotion("standard"):
-        flags = [*flags, "--steps", "3", "--output", str(tmp_path)]
+        flags = [*flags, "--steps", "1", "--output", str(tmp_path)]
         assert language_model.main([*_SMALL, *flags]) == 0
     printed = capsys.readouterr().out
     found = re.search(r"([\d.]+) for parameters, ([\d.]+) for the optimizer's state", printed)

@@ -20,14 +20,19 @@ _STEPS = 300
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
-def test_killed_at_random_it_ends_as_if_undisturbed(tmp_path):
+def test_killed_at_random_it_ends_as_if_undisturbed(tmp_path, monkeypatch):
     """Each start goes on from the last saved step or a later one, and the last bit is the same."""
+    # Each start but the first finds its programs compiled.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     folders = [tmp_path / name for name in ("undisturbed", "killed")]
     for folder in folders:
         folder.mkdir()
     end = kills.undisturbed(folders[0], _STEPS)
     seed = np.random.SeedSequence().entropy % 2**32
-    survival = kills.killed(folders[1], 2, seed, _STEPS)
+    # No start ends in the time in which a kill at any moment falls.
+    program = kills.RESUME._replace(start_up=1.5)
+    survival = kills.killed(folders[1], 2, seed, _STEPS, program)
     assert kills.losses(survival, end) == [], f"with the seed {seed}: {survival}"
     assert survival.kills > 0, f"with the seed {seed}"
 

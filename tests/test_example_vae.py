@@ -14,6 +14,8 @@ import scipy.stats
 import vae
 from command_lines import one_line_error
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 
 def _row(output, name):
     """The figures of a row of the table that the example prints."""

@@ -23,6 +23,8 @@ from modes import apply_updates
 import adamaxw
 from adamaxw import masks
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 _ROWS, _IN, _OUT = 5, 4, 3
 
 

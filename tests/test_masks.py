@@ -16,6 +16,8 @@ from pure import as_pure
 import adamaxw
 from adamaxw import masks
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 _PARAMS = {
     "embed": {"w": jnp.ones((4, 2))},
     "blocks": [

@@ -46,14 +46,17 @@ def _assert_sharded_like(state, shardings):
     reason="XLA can be told to leave out fused multiply-add on x86 alone",
 )
 def test_one_device_and_a_mesh_are_the_same_bit_for_bit():
-    """In every format and rounding, where the compiler computes the formula as written."""
+    """Where the compiler computes the formula as written, with explicit axes in every format.
+
+    With automatic axes test_example_distributed.py compares every format and rounding.
+    """
     names = (
         "test_meshes.py::test_training_on_a_mesh",
         "test_low_precision.py::test_eight_devices_are_one",
     )
     flags = f"{os.environ.get('XLA_FLAGS', '')} {WITHOUT_FUSED_MULTIPLY_ADD}"
     subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *names],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "Explicit", *names],
         cwd=Path(__file__).parent,
         env=os.environ | {"XLA_FLAGS": flags},
         check=True,

@@ -21,6 +21,8 @@ import adamaxw
 from adamaxw import moments
 from adamaxw.moments import Moments
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 _NAMES = (None, "bfloat16", "uint8")
 _PAIRS = [(a, b) for a in _NAMES for b in _NAMES]
 _PARAMS = {"w": np.linspace(-1, 1, 512, dtype=np.float32).reshape(16, 32), "b": np.ones(64)}

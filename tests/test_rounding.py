@@ -304,12 +304,12 @@ _STEPS, _SIZE = 3000, 1024
 
 
 @functools.cache
-def _problem(steps=_STEPS, size=_SIZE):
+def _problem(steps=_STEPS):
     """Gradients, and parameters of which half are so near zero that they cross it often."""
     rng = np.random.default_rng(1)
-    p = rng.normal(size=size) * np.where(np.arange(size) % 2, 1.0, 1e-3)
+    p = rng.normal(size=_SIZE) * np.where(np.arange(_SIZE) % 2, 1.0, 1e-3)
     p[:4] = 0.0, -0.0, 1e-20, -1e-20
-    gradients = rng.normal(size=(steps, size))
+    gradients = rng.normal(size=(steps, _SIZE))
     return jnp.asarray(p, jnp.bfloat16), gradients.astype(np.float32)
 
 
@@ -320,12 +320,13 @@ def _train(opt, params, gradients):
         params, state = carry
         updates, state = opt.update(g, state, params)
         params = apply_updates(params, updates)
-        return (params, state), params
+        # XLA would convert all of a history in bfloat16 at each step.
+        return (params, state), lax.bitcast_convert_type(params, f"uint{8 * params.itemsize}")
 
     (params, state), history = jax.jit(lambda *args: lax.scan(step, *args))(
         (params, opt.init(params)), gradients
     )
-    return history, params, state
+    return np.asarray(history).view(params.dtype), params, state
 
 
 def _assert_same_training(history, wide_history):
@@ -333,7 +334,7 @@ def _assert_same_training(history, wide_history):
     expected, _ = _rounding.split(jnp.asarray(wide_history))
     np.testing.assert_array_equal(_bits(history), _bits(expected))
     signs = np.sign(np.asarray(wide_history))
-    assert np.sum(signs[1:] * signs[:-1] < 0) > 0.39 * signs.shape[1]
+    assert np.sum(signs[1:] * signs[:-1] < 0) > 400
 
 
 @pytest.mark.parametrize(
@@ -348,7 +349,7 @@ def test_exact_trains_as_float32_does(moment_dtype, grad_dtype, learning_rate):
     opt = adamaxw.adamaxw(
         learning_rate, weight_decay=0.1, param_rounding="exact", moment_dtype=moment_dtype
     )
-    params, gradients = _problem(size=256)
+    params, gradients = _problem()
     gradients = jnp.asarray(gradients, grad_dtype)
     history, last, state = _train(opt, params, gradients)
     wide_history, wide, wide_state = _train(
@@ -370,11 +371,11 @@ def test_exact_does_not_depend_on_what_is_compiled_with_it(moment_dtype):
     """The updates compiled alone, and applied outside, give the float32 training as well."""
     opt = adamaxw.adamaxw(1e-3, weight_decay=0.1, param_rounding="exact", moment_dtype=moment_dtype)
     update = jax.jit(opt.update)
-    narrow, gradients = _problem(steps=100)
+    narrow, gradients = _problem()
     wide = narrow.astype(jnp.float32)
     state, wide_state = opt.init(narrow), opt.init(wide)
     history, wide_history = [], []
-    for g in jnp.asarray(gradients):
+    for g in jnp.asarray(gradients[:100]):
         updates, state = update(g, state, narrow)
         narrow = apply_updates(narrow, updates)
         wide_updates, wide_state = update(g, wide_state, wide)
