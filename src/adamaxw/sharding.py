@@ -58,8 +58,9 @@ def of_state(
 
     Raises:
         TypeError: from `opt.init`; or a leaf of params is traced, or no array.
-        ValueError: a leaf of params is abstract and has no sharding, params are on several meshes
-            or devices, the mesh has no such axis, or its devices no such memory.
+        ValueError: a leaf of params is abstract and has no sharding, or has axes that are reduced
+            or unreduced, params are on several meshes or devices, the mesh has no such axis, or its
+            devices no such memory.
 
     Examples:
         >>> import adamaxw
