@@ -711,8 +711,11 @@ def test_checkpoints_that_came_back_as_plain_containers(wrap):
             convert(state, opt.init(_PARAMS))
 
 
-@pytest.mark.parametrize("count", [-1, 2**31])
+@pytest.mark.parametrize("count", [-1, 2**31, 2**70])
 def test_a_count_that_none_is(count):
     """An int32 that is not negative."""
-    with pytest.raises(ValueError, match=f"0 <= count < 2\\*\\*31, got {count}"):
+    match = f"count must satisfy 0 <= count < 2\\*\\*31, got {count}"
+    with pytest.raises(ValueError, match=match):
         pack(Moments(count, jnp.ones(2), jnp.ones(2)))
+    with pytest.raises(ValueError, match=rf"state\[1\]\.{match}"):
+        convert(_core(count=count), _like())

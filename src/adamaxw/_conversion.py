@@ -105,8 +105,7 @@ def _convert_moments(state: Any, like: Any, reformat: Reformat, where: str) -> A
     goal = like if is_ours else jax.eval_shape(_optax_state.widened, like)
     count = source.count
     for each, node in ((name, source), (other_name, goal)):
-        if not _leaves.is_integer(node.count):
-            raise TypeError(f"{each}.count must be an integer, got {_leaves.describe(node.count)}")
+        _leaves.check_count(f"{each}.count", node.count)
         scale = node.nu_scale
         if scale is not None and not _leaves.is_float32_scalar(scale):
             raise TypeError(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from adamaxw._formats import FORMATS, Format
 from adamaxw._rounding import ParamRounding, Rounding
@@ -243,6 +244,20 @@ def is_integer(x: Any) -> bool:
     """Whether `x` is an integer, of Python or an array of shape ()."""
     is_number = isinstance(x, int) or (_kind(x) is not None and x.shape == ())
     return is_number and (isinstance(x, int) or jnp.issubdtype(x.dtype, jnp.integer))
+
+
+def check_count(name: str, count: Any) -> None:
+    """Refuses what is no number of updates done; of what has no value yet, by its type alone.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is negative, or none of int32.
+    """
+    if not is_integer(count):
+        raise TypeError(f"{name} must be an integer, got {describe(count)}")
+    has_value = not isinstance(count, (Tracer, jax.ShapeDtypeStruct))
+    if has_value and not 0 <= int(count) < 2**31:
+        raise ValueError(f"{name} must satisfy 0 <= count < 2**31, got {count}")
 
 
 def as_array(x: Any) -> Any:

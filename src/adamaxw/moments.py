@@ -97,10 +97,7 @@ def pack(
     if not isinstance(moments, Moments):
         raise TypeError(f"moments must be Moments, as unpack returns, got {type(moments).__name__}")
     count = moments.count
-    if not _leaves.is_integer(count):
-        raise TypeError(f"count must be an integer, got {_leaves.describe(count)}")
-    if not isinstance(count, Tracer) and not 0 <= int(count) < 2**31:
-        raise ValueError(f"count must satisfy 0 <= count < 2**31, got {count}")
+    _leaves.check_count("count", count)
     fmt = _formats.named(moment_dtype)
     eps = _hyperparameters.checked("eps", eps)
     _formats.check_eps(fmt, eps)
@@ -165,7 +162,8 @@ def convert(state: Any, like: Any) -> Any:
             be kept; names the path.
         ValueError: the trees differ in structure, or leaves in shape; `state` is one of Optax's
             adam, or its schedules do not stand at its count, which values alone tell, so not where
-            they are traced; a residual or a moment has no place in `like`. Names the path.
+            they are traced; a residual or a moment has no place in `like`; a count is negative, or
+            none of int32. Names the path.
 
     Examples:
         >>> import adamaxw
