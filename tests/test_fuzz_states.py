@@ -119,6 +119,8 @@ def _check_leaf(leaf, count, scales, h, param_rounding, may_be_lost):
 
     # The recurrence, from what the state decodes to.
     m, u = _decoded(leaf.mu, leaf.nu, scales[0])
+    # With a scale that was spoiled, a norm may be beyond float32: inf there, and so it stays.
+    is_number = np.abs(u) < largest
     g = _wide(leaf.g)
     end = float(scales[1]) * 2.0 ** (255 / 6) if is_code else np.inf
     if is_code:
@@ -135,7 +137,7 @@ def _check_leaf(leaf, count, scales, h, param_rounding, may_be_lost):
     m, u = oracle.m, oracle.u
 
     # What is stored of it.
-    in_range = np.isfinite(m) & (np.abs(u) < largest) & (terms < largest)
+    in_range = is_number & np.isfinite(m) & (np.abs(u) < largest) & (terms < largest)
     m_error, u_error = unit * terms + _TINY, unit * np.abs(u) + _TINY
     if is_code:
         octaves = np.abs(np.log2(got_u / np.clip(u, float(scales[1]), end)))
