@@ -575,6 +575,12 @@ def _core(**changes):
             r"state\[1\]\.nu\['b'\] must be an array, got 'abc'",
         ),
         (
+            _core(mu={**_STATE[1][0].mu, "b": None}),
+            (_like()[0], _like()[1]._replace(mu={**_like()[1].mu, "b": None})),
+            ValueError,
+            r"like\[1\]\.mu and like\[1\]\.nu differ in structure",
+        ),
+        (
             jax.eval_shape(_SCHEDULED.init, _PARAMS),
             _like(),
             TypeError,

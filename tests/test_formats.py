@@ -621,6 +621,21 @@ def test_what_is_not_finite_shows_at_once_and_for_ever(name, grad_dtype):
     assert np.all(np.isnan(np.asarray(moments.unpack(state).mu, np.float32)[hit]))
 
 
+def test_a_first_moment_that_float32_cannot_hold_is_nan():
+    """With a traced b1 that nobody could check, 0 times inf is not the largest code of uint8."""
+
+    @jax.jit
+    def update(g, state, b1):
+        return adamaxw.adamax(1e-3, b1, 0.0, 1e-3, moment_dtype="uint8").update(g, state)
+
+    params = jnp.zeros(2)
+    state = adamaxw.adamax(1e-3, eps=1e-3, moment_dtype="uint8").init(params)
+    updates, state = update(params, state, jnp.float32(0.9))
+    assert not np.any(updates)
+    updates, _ = update(params, state, jnp.float32(1e30))
+    assert np.all(np.isnan(updates))
+
+
 # What is refused, and what it is called.
 
 

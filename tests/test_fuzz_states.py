@@ -138,7 +138,9 @@ def _check_leaf(leaf, count, scales, h, param_rounding, may_be_lost):
 
     # What is stored of it.
     in_range = is_number & np.isfinite(m) & (np.abs(u) < largest) & (terms < largest)
-    m_error, u_error = unit * terms + _TINY, unit * np.abs(u) + _TINY
+    # What is flushed to zero may be a factor: a gradient, or the scale of a norm.
+    m_error = unit * terms + _TINY * max(1, abs(h["b1"]), abs(1 - h["b1"]))
+    u_error = unit * np.abs(u) + _TINY * np.maximum(1, np.abs(_wide(leaf.nu)))
     if is_code:
         octaves = np.abs(np.log2(got_u / np.clip(u, float(scales[1]), end)))
         r, got_r = np.clip(m / got_u, -1.25, 1.25), got_m / got_u
@@ -164,7 +166,8 @@ def _check_leaf(leaf, count, scales, h, param_rounding, may_be_lost):
     error += 2 * _TINY * np.abs(value) if h["decays"] else 0
     coefficients = np.abs(rate) + np.abs(decay)
     error += 2 * _TINY * coefficients * (1 + 1 / got_u)
-    fits = (terms < largest) & (np.abs(ratio) < largest) & (coefficients < largest)
+    fits = (terms < largest) & (np.abs(ratio) < largest)
+    fits &= (coefficients < largest) & (np.abs(b1) ** t < largest)
     got, due, base = got_update, step + shrunk, 0.0
     info, p_info = (jnp.finfo(np.asarray(x).dtype) for x in (leaf.update, leaf.p))
     if param_rounding != "nearest" and p_info.bits < 32:

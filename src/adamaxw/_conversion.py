@@ -3,6 +3,7 @@
 Moments may lie anywhere in a tree of wrappers, as states of ours or of Optax.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -127,9 +128,13 @@ def _convert_moments(state: Any, like: Any, reformat: Reformat, where: str) -> A
 
 def _check_alike(name: str, state: AdamaxState, other_name: str, like: AdamaxState) -> None:
     """Refuses moments that do not belong to the same parameters."""
-    for part in ("mu", "nu"):
-        here, there = f"{name}.{part}", f"{other_name}.{part}"
-        tree, other = getattr(state, part), getattr(like, part)
+    trees = {
+        f"{name}.mu": state.mu,
+        f"{other_name}.mu": like.mu,
+        f"{other_name}.nu": like.nu,
+        f"{name}.nu": state.nu,
+    }
+    for (here, tree), (there, other) in itertools.pairwise(trees.items()):
         _leaves.broadcast(here, tree, there, other)
         _leaves.broadcast(there, other, here, tree)
     rows = zip(

@@ -323,10 +323,13 @@ class Logarithmic:
         weight = next_first_moment(np.float32(127**2 / self.peak) / new_scale, zero, b1)
         largest = new_scale * np.float32(2 ** (255 / self.levels))
         clipped = jnp.where(g > largest, largest, jnp.where(g < -largest, -largest, g))
-        old = self._square(mu) * next_first_moment(zero, since, b1)
-        m = (clipped * weight * self._power(-fallen) + old) * self._power(fallen - risen)
-        # A scale that is not positive says nothing of the moments. Nor does a wrong b1, b2, traced.
-        is_valid = (left >= 0) & (since > 0) & (since < jnp.inf) & jnp.isfinite(weight)
+        kept = next_first_moment(zero, since, b1)
+        m = clipped * weight * self._power(-fallen) + self._square(mu) * kept
+        m = m * self._power(fallen - risen)
+        # A scale that is not positive says nothing of the moments. Nor does a wrong b1, b2, traced:
+        # within these bounds m is finite.
+        is_valid = (left >= 0) & (since > 0) & (jnp.abs(kept) < 1e33)
+        is_valid &= jnp.abs(largest * weight) < 1e24
         is_finite = size < jnp.where(is_valid, jnp.inf, 0.0)
         code = jnp.where(is_finite, self._compress(m, noise), -128)
         new_mu = jnp.where(mu == -128, mu, code.astype(jnp.int8))
