@@ -279,7 +279,9 @@ def test_what_does_not_belong_together(misfit, dice):
     (opt, _, clean), param_rounding = _run(*config), config[1]
     after = attempt(traced, opt.update, *trees)
     if after is REFUSED:
-        assert attempt(opt.update, *trees) is REFUSED
+        # A compiled function of JAX takes a masked array after another one.
+        is_masked = any(isinstance(x, np.ma.MaskedArray) for x in jax.tree.leaves(trees))
+        assert is_masked or attempt(opt.update, *trees) is REFUSED
         return
     gradients, state, params = trees
     _check_types(after, gradients, clean, params, param_rounding)
