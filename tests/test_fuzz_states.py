@@ -138,9 +138,10 @@ def _check_leaf(leaf, count, scales, h, param_rounding, may_be_lost):
 
     # What is stored of it.
     in_range = is_number & np.isfinite(m) & (np.abs(u) < largest) & (terms < largest)
-    # What is flushed to zero may be a factor: a gradient, or the scale of a norm.
+    # What is flushed to zero may be a factor: a gradient, or a norm or its scale.
     m_error = unit * terms + _TINY * max(1, abs(h["b1"]), abs(1 - h["b1"]))
-    u_error = unit * np.abs(u) + _TINY * np.maximum(1, np.abs(_wide(leaf.nu)))
+    factor = 1 if scales[0] is None else np.abs(_wide(leaf.nu)) + np.abs(_wide(scales[0]))
+    u_error = unit * np.abs(u) + _TINY * np.maximum(1, factor)
     if is_code:
         octaves = np.abs(np.log2(got_u / np.clip(u, float(scales[1]), end)))
         r, got_r = np.clip(m / got_u, -1.25, 1.25), got_m / got_u
