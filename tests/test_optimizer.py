@@ -455,6 +455,20 @@ def test_a_count_that_is_no_integer_is_refused():
             _OPT.update(_PARAMS, _STATE._replace(count=count), _PARAMS)
 
 
+@pytest.mark.parametrize("spoilt", [{"count": np.int32(-1)}, {"nu_scale": np.float32(np.inf)}])
+def test_numpy_scalars_as_constants(spoilt):
+    """Where gradients alone are traced, a spoilt one shows as NaN, with no warning of NumPy."""
+    params = {"w": jnp.ones(3, jnp.bfloat16), "frozen": jnp.ones(2)}
+    opt = adamaxw.adamaxw(0.1, moment_dtype="bfloat16", param_rounding="stochastic")
+    state = opt.init(params)._replace(**spoilt)
+
+    @jax.jit
+    def step(g):
+        return opt.update({"w": g, "frozen": None}, state, params)[0]["w"]
+
+    assert np.all(np.isnan(step(params["w"]).astype(jnp.float32)))
+
+
 def test_mixed_kinds_of_state_are_refused():
     """A real state cannot serve complex gradients, whatever the shapes."""
     step = functools.partial(_OPT.update, state=_OPT.init(jnp.ones(2)), params=jnp.ones(2))

@@ -377,21 +377,23 @@ def _update(
 
     constants = settings.numbers or constants
     b1, b2, eps = constants
-    count = jnp.minimum(state.count, 2**31 - 2) + 1  # saturates, does not wrap
+    # Constants of NumPy would be computed with by NumPy, and its warnings.
+    before, scale = jax.tree.map(jnp.asarray, (state.count, state.nu_scale))
+    count = jnp.minimum(before, 2**31 - 2) + 1  # saturates, does not wrap
     # No state has a count below 0: what came of it would be of the wrong size and sign.
-    t = jnp.where(state.count < 0, jnp.nan, count.astype(jnp.result_type(float)))
+    t = jnp.where(before < 0, jnp.nan, count.astype(jnp.result_type(float)))
     rate = lr / bias_correction(b1, t)
-    scale = state.nu_scale
+    new_scale = None
     if scale is not None:
         shrunk = shrink(cast(b2, jnp.float32), scale)
-        scale = fmt.rescale(shrunk, jnp.asarray(eps, jnp.float32))
+        new_scale = fmt.rescale(shrunk, jnp.asarray(eps, jnp.float32))
 
     trained = [leaf for leaf in leaves if leaf.rounding is not None]
     indices, keys = repeat(None), None
     if any(fmt.is_noisy or leaf.rounding.is_noisy for leaf in trained):
-        indices = iter(_rounding.leaf_indices(state.count, len(trained)))
-        keys = _rounding.keys(state.count, len(trained))
-    step = _Step(keys, (state.nu_scale, scale), rate, decay, constants, fmt)
+        indices = iter(_rounding.leaf_indices(before, len(trained)))
+        keys = _rounding.keys(before, len(trained))
+    step = _Step(keys, (scale, new_scale), rate, decay, constants, fmt)
     rows = [
         _unchanged(leaf) if leaf.rounding is None else _step_leaf(leaf, step, next(indices))
         for leaf in leaves
@@ -399,7 +401,7 @@ def _update(
     columns = zip(*rows, strict=True) if rows else ([], [], [], [])
     updates, mu, nu, residual = (treedef.unflatten(column) for column in columns)
     residual = None if state.residual is None else residual
-    return updates, AdamaxState(count, mu, nu, scale, residual)
+    return updates, AdamaxState(count, mu, nu, new_scale, residual)
 
 
 _update_in_one_call = jax.jit(_update, static_argnames="settings")

@@ -244,7 +244,7 @@ def leaf_indices(count: jax.Array, number: int) -> list[jax.Array]:
     With constants in their place, XLA on the CPU would compile the loops of each leaf anew, instead
     of once for all leaves of a shape.
     """
-    one = jnp.asarray(count >= 0, jnp.uint32)
+    one = (count >= 0).astype(jnp.uint32)
     indices = [one - 1]
     for _ in range(1, number):
         indices.append(_successor(indices[-1], one))
