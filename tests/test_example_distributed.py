@@ -244,7 +244,18 @@ def test_goes_on_elsewhere(tmp_path, undisturbed):
     assert last == undisturbed[1]
 
 
-def test_divergence_is_one_line(capsys):
+def test_divergence_is_one_line(tmp_path, fast):
+    """Found by every process, said once."""
+    flags = ("--processes", 1, "--devices", 1, "--learning-rate", "1e38")
+    done = subprocess.run(
+        _command(tmp_path, *flags), capture_output=True, text=True, timeout=_PATIENCE
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert re.search(r"error: diverged after \d+ steps; try another --learning-rate", line)
+
+
+def test_what_is_divergence(capsys):
     """A loss that is not finite: exit status 1, and what may help."""
     parser = Parser("", 0.1, 0.0, "output")
     distributed.check_loss(jnp.float32(3), 7, parser)
