@@ -135,8 +135,7 @@ def _check_alike(name: str, state: AdamaxState, other_name: str, like: AdamaxSta
         f"{name}.nu": state.nu,
     }
     for (here, tree), (there, other) in itertools.pairwise(trees.items()):
-        _leaves.broadcast(here, tree, there, other)
-        _leaves.broadcast(there, other, here, tree)
+        _leaves.check_structures(here, tree, there, other)
     rows = zip(
         jax.tree_util.tree_leaves_with_path(state.mu),
         *map(jax.tree.leaves, (state.nu, like.mu, like.nu)),
@@ -170,9 +169,8 @@ def _residual(name: str, state: AdamaxState, other_name: str, like: AdamaxState)
     def leaves(name: str, tree: Any) -> list[Any]:
         if tree is None:
             return [None] * treedef.num_leaves
-        here, there = f"{name}.residual", f"{name}.mu"
-        _leaves.broadcast(here, tree, there, state.mu, lambda x: x is None)
-        _leaves.broadcast(there, state.mu, here, tree, lambda x: x is None)
+        named = (f"{name}.residual", tree, f"{name}.mu", state.mu)
+        _leaves.check_structures(*named, lambda x: x is None)
         return treedef.flatten_up_to(tree)
 
     rows = zip(

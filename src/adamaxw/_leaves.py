@@ -197,8 +197,7 @@ def map_moments(function: Callable[[Any, Any, Any], tuple[Any, Any]], mu: Any, n
             raise ValueError(f"mu{name} has shape {m.shape}, nu{name} has {u.shape}")
         return _Slots(*(function(path, m, u) if trains(m, u) else (m, u)), None)
 
-    broadcast("mu", mu, "nu", nu)
-    broadcast("nu", nu, "mu", mu)
+    check_structures("mu", mu, "nu", nu)
     slots = jax.tree_util.tree_map_with_path(pair, mu, nu)
     return tuple(_column(slots, i) for i in range(2))
 
@@ -244,6 +243,11 @@ def is_integer(x: Any) -> bool:
     """Whether `x` is an integer, of Python or an array of shape ()."""
     is_number = isinstance(x, int) or (_kind(x) is not None and x.shape == ())
     return is_number and (isinstance(x, int) or jnp.issubdtype(x.dtype, jnp.integer))
+
+
+def is_int(x: Any) -> bool:
+    """Whether `x` is an integer of Python or a scalar of NumPy, to which a timedelta64 is one."""
+    return isinstance(x, (int, np.integer)) and not isinstance(x, np.timedelta64)
 
 
 def check_count(name: str, count: Any) -> None:
@@ -300,6 +304,22 @@ def broadcast(
     except ValueError as error:
         where = str(error).replace("broadcast_prefix prefix_tree", prefix_name)
         raise ValueError(f"{prefix_name} and {name} differ in structure: {where}") from None
+
+
+def check_structures(
+    name: str,
+    tree: Any,
+    other_name: str,
+    other: Any,
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> None:
+    """Refuses two trees that differ in structure.
+
+    Raises:
+        ValueError: they do; names both, and the path.
+    """
+    broadcast(name, tree, other_name, other, is_leaf)
+    broadcast(other_name, other, name, tree, is_leaf)
 
 
 def describe(x: Any) -> str:

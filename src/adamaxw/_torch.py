@@ -47,8 +47,7 @@ def read(
             dtypes = _formats.WIDE.dtypes(leaf.dtype) if trains else (leaf.dtype,) * 2
             moments.append([_place(np.zeros(leaf.shape, dtype), leaf) for dtype in dtypes])
             continue
-        # To NumPy a timedelta64 is an integer.
-        if not isinstance(name, (int, np.integer, str)) or isinstance(name, np.timedelta64):
+        if not isinstance(name, str) and not _leaves.is_int(name):
             raise TypeError(
                 f"names must have a number, a string or None for {path!r}, got {reprlib.repr(name)}"
             )

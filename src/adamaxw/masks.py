@@ -86,7 +86,7 @@ def rank(minimum: int) -> Mask:
         TypeError: `minimum` is no integer.
         ValueError: it is negative.
     """
-    if isinstance(minimum, bool) or not isinstance(minimum, (int, np.integer)):
+    if isinstance(minimum, bool) or not _leaves.is_int(minimum):
         raise TypeError(f"minimum must be an integer, got {minimum!r}")
     if minimum < 0:
         raise ValueError(f"minimum must be at least 0, got {minimum}")
