@@ -3,8 +3,15 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import (
+    AbstractMesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
 
 
 def is_placed(x: Any) -> bool:
@@ -49,6 +56,21 @@ def lie_together(tree: Any) -> bool:
             place = x.sharding
             places.add(place.mesh if isinstance(place, NamedSharding) else place)
     return len(places) <= 1
+
+
+def varying_axes(x: Any) -> tuple[str, ...]:
+    """Inside `jax.shard_map`, the axes along which shards hold different values, as far as known."""
+    aval = jax.typeof(x)
+    kind = getattr(aval, "manual_axis_type", None)  # `vma` until JAX 0.9
+    return tuple(sorted(getattr(aval, "vma", ()) if kind is None else kind.varying))
+
+
+def concrete(sharding: Sharding) -> Sharding:
+    """`sharding` on the mesh that is set, if its own is abstract; the default place if none is."""
+    if not isinstance(getattr(sharding, "mesh", None), AbstractMesh):
+        return sharding
+    place = jnp.zeros((), device=NamedSharding(sharding.mesh, PartitionSpec())).sharding
+    return NamedSharding(place.mesh, sharding.spec) if hasattr(place, "mesh") else place
 
 
 def lie_like(x: Any, *others: Any) -> Any:
