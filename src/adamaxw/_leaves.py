@@ -131,11 +131,7 @@ def side_by_side(
     gradients, treedef = jax.tree.flatten(updates, is_leaf=_is_none)
 
     def leaves(name: str, tree: Any) -> list[Any]:
-        try:
-            return treedef.flatten_up_to(tree)
-        except ValueError:
-            broadcast("gradients", updates, name, tree, is_leaf=_is_none)
-            raise
+        return check_prefix("gradients", updates, name, tree, _is_none)
 
     none = [None] * len(gradients)
     columns = (
@@ -281,22 +277,26 @@ def inexact(tree: Any) -> list[Any]:
     return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
 
-def broadcast(
+def check_prefix(
     prefix_name: str,
     prefix: Any,
     name: str,
     tree: Any,
     is_leaf: Callable[[Any], bool] | None = None,
-) -> Any:
-    """`jax.tree.broadcast` with an error that names both trees.
+) -> list[Any]:
+    """The subtrees of a tree below the leaves of a prefix of it.
 
     Raises:
-        ValueError: `prefix` is no prefix of `tree`; names the path.
+        ValueError: `prefix` is no prefix of `tree`; names both, and the path.
     """
     try:
-        return jax.tree.broadcast(prefix, tree, is_leaf=is_leaf)
+        return jax.tree.structure(prefix, is_leaf=is_leaf).flatten_up_to(tree)
     except ValueError as error:
-        where = str(error).replace("broadcast_prefix prefix_tree", prefix_name)
+        where = str(error)
+        try:
+            jax.tree.broadcast(prefix, tree, is_leaf=is_leaf)
+        except ValueError as told:  # with the path
+            where = str(told).replace("broadcast_prefix prefix_tree", prefix_name)
         raise ValueError(f"{prefix_name} and {name} differ in structure: {where}") from None
 
 
@@ -312,8 +312,8 @@ def check_structures(
     Raises:
         ValueError: they do; names both, and the path.
     """
-    broadcast(name, tree, other_name, other, is_leaf)
-    broadcast(other_name, other, name, tree, is_leaf)
+    check_prefix(name, tree, other_name, other, is_leaf)
+    check_prefix(other_name, other, name, tree, is_leaf)
 
 
 def describe(x: Any) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from adamaxw._leaves import broadcast, describe
+from adamaxw._leaves import check_prefix, describe
 from adamaxw._paths import pure
 
 _INJECTED = (
@@ -56,13 +56,8 @@ def resolve_mask(mask: Any, params: optax.Params) -> tuple[bool, ...]:
         mask = mask(params)
     # Flax NNX gives params with Variables to init and without them to update.
     mask, params = pure(True if mask is None else mask), pure(params)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(mask)
-    booleans = [_as_bool(path, leaf) for path, leaf in leaves]
-    try:
-        subtrees = treedef.flatten_up_to(params)
-    except ValueError:
-        broadcast("mask", mask, "params", params)
-        raise
+    booleans = [_as_bool(*row) for row in jax.tree_util.tree_leaves_with_path(mask)]
+    subtrees = check_prefix("mask", mask, "params", params)
     sizes = [len(jax.tree.leaves(subtree)) for subtree in subtrees]
     return tuple(x for x, size in zip(booleans, sizes, strict=True) for _ in range(size))
 

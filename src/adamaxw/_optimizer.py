@@ -223,7 +223,7 @@ def _transformation(
         # A tree without leaves is also what optax.tree.map_params puts here: no mask fits that.
         if decay is not None and jax.tree.leaves(params):
             _masking.resolve_mask(mask, params)
-        place = _places.scalar_sharding(params)
+        place = _places.scalar_sharding(params, fmt.has_scale)
         count = jnp.zeros((), jnp.int32, device=place)
         nu_scale = _unit(fmt, eps)
         if nu_scale is not None:
@@ -405,9 +405,9 @@ def _update(
         _unchanged(leaf) if leaf.rounding is None else _step_leaf(leaf, step, next(indices))
         for leaf in leaves
     ]
-    updates, mu, nu, residual = _leaves.columns(treedef, rows, 4)
-    residual = None if state.residual is None else residual
-    return updates, AdamaxState(count, mu, nu, new_scale, residual, state.seed)
+    has_residual = state.residual is not None
+    updates, mu, nu, *residual = _leaves.columns(treedef, rows, 4 if has_residual else 3)
+    return updates, AdamaxState(count, mu, nu, new_scale, *residual or [None], state.seed)
 
 
 _update_in_one_call = jax.jit(_update, static_argnames="settings")
