@@ -142,7 +142,7 @@ _N = 2**20
 
 def _noise(count, leaf, shape):
     """Of one leaf in a tree of 4096."""
-    return _rounding.noise(_rounding.keys(count, 4096), leaf, shape)
+    return _rounding.noise(_rounding.keys(jnp.uint32(0), count, 4096), leaf, shape)
 
 
 @functools.cache

@@ -122,7 +122,9 @@ def _convert_moments(state: Any, like: Any, reformat: Reformat, where: str) -> A
         _optax_state.check(name, state)
     residual, seed = _residual(name, source, other_name, goal), None
     if goal.seed is not None:
-        seed = jnp.zeros_like(goal.seed) if source.seed is None else source.seed
+        seed = source.seed
+        if seed is None:
+            seed = jnp.zeros_like(source.count, dtype=jnp.uint32)
     new = reformat(source._replace(residual=None), goal._replace(residual=None), other_name)
     new = new._replace(residual=residual, seed=seed)
     return new if is_ours else _optax_state.written(other_name, new, like)

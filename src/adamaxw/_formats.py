@@ -115,7 +115,9 @@ class Format:
             The new `mu` and `nu`.
         """
         m, u = self.decode(*stored, scales[0], arithmetic(g.dtype))
-        m, u = next_moments(g.astype(m.dtype), m, u, cast(constants, u.dtype))
+        b1, b2, eps = constants
+        constants = Constants(cast(b1, m.dtype), cast(b2, u.dtype), cast(eps, u.dtype))
+        m, u = next_moments(g.astype(m.dtype), m, u, constants)
         return self.encode(m, u, scales[1], noise)
 
 

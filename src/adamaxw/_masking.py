@@ -49,13 +49,15 @@ def resolve_mask(mask: Any, params: optax.Params) -> tuple[bool, ...]:
         TypeError: a leaf is not a boolean, or is traced.
         ValueError: the mask is no prefix of params.
     """
+    if mask is None:
+        mask = True
     if hasattr(mask, "choose"):  # one of `masks`, which need no tree
         return tuple(mask.choose(params))
     # A module with a __call__ can also be the tree: then it has boolean leaves.
     if callable(mask) and not any(map(_is_boolean, jax.tree.leaves(mask))):
         mask = mask(params)
     # Flax NNX gives params with Variables to init and without them to update.
-    mask, params = pure(True if mask is None else mask), pure(params)
+    mask, params = pure(mask), pure(params)
     booleans = [_as_bool(*row) for row in jax.tree_util.tree_leaves_with_path(mask)]
     subtrees = check_prefix("mask", mask, "params", params)
     sizes = [len(jax.tree.leaves(subtree)) for subtree in subtrees]

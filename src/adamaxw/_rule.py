@@ -27,18 +27,17 @@ class Decay(NamedTuple):
     1 - b is off by far less.
 
     Attributes:
-        b: the rate.
-        rest: `1 - b`, rounded only once; None below 1/2, where b itself is as exact, and where b
-            came as an array.
+        b: the rate; None for a number from 1/2, for which `rest` says it better.
+        rest: `1 - b`.
     """
 
-    b: Scalar
-    rest: Scalar | None
+    b: Scalar | None
+    rest: Scalar
 
     @classmethod
     def of(cls, b: Scalar) -> "Decay":
         """The rate of a number or an array."""
-        return cls(b, 1 - b if isinstance(b, float) and b >= 0.5 else None)
+        return cls(None if isinstance(b, float) and b >= 0.5 else b, 1 - b)
 
 
 class Constants(NamedTuple):
@@ -58,7 +57,7 @@ def next_moments(
         g: gradient; floating or complex, of the dtype of `m`.
         m: first moment, of the shape of `g`.
         u: infinity norm, real, of the shape of `g`.
-        constants: in the dtype of `u`.
+        constants: in the dtypes of `m`, `u` and `u`.
 
     Returns:
         The two new moments, in their dtypes.
@@ -70,7 +69,7 @@ def next_moments(
 def next_first_moment(g: jax.Array, m: jax.Array, b1: Decay) -> jax.Array:
     """The first line alone. It holds in any unit that `g` and `m` have in common."""
     # The gradient first, as in Optax: a compiler that fuses the sum then rounds the same product.
-    return (1 - b1.b if b1.rest is None else b1.rest) * g + shrink(b1, m)
+    return b1.rest * g + shrink(b1, m)
 
 
 def next_step(ratio: jax.Array, p: jax.Array | None, *, rate: Scalar, decay: Scalar) -> jax.Array:
@@ -91,17 +90,16 @@ def bias_correction(b1: Decay, t: jax.Array) -> jax.Array:
 
     `1 - b1**t` cancels: at b1=0.9, t=1 it loses two bits in float32, and more as b1 nears 1.
     """
-    if b1.rest is not None:
+    if (b := b1.b) is None:
         return -jnp.expm1(t * jnp.log1p(-jnp.asarray(b1.rest, t.dtype)))
     # A traced b1 may be 0 and differentiated there: no logarithm of it, also where not chosen.
-    b = b1.b
     log_b1 = jnp.log(jnp.where(b < 0.5, 0.5, b))
     return jnp.where(b < 0.5, 1 - b**t, -jnp.expm1(t * log_b1))
 
 
 def shrink(b: Decay, x: jax.Array) -> jax.Array:
     """`b x`."""
-    return b.b * x if b.rest is None else x - b.rest * x
+    return x - b.rest * x if b.b is None else b.b * x
 
 
 def cast(scalars: Any, dtype: Any) -> Any:

@@ -81,7 +81,8 @@ def pack(
     """A state in another format, with which to train on; the inverse of `unpack`.
 
     Values are rounded to the nearest. `pack(unpack(state), moment_dtype)` of a state that is in
-    that format already gives it back, except that bfloat16 norms are rounded once more.
+    that format already gives it back, except that bfloat16 norms are rounded once more, and that
+    `moment_dtype=None` has no seed: the noise of "stochastic" is then that of a seed of 0.
 
     Args:
         moments: what `unpack` returns, or `Moments` of your own, in any floating dtypes.
@@ -136,7 +137,10 @@ def pack(
 
     mu, nu = _leaves.map_moments(encode, mu, nu)
     count = jnp.asarray(count, jnp.int32)
-    return AdamaxState(count, mu, nu, scale, moments.residual, moments.seed)
+    seed = None
+    if fmt.is_noisy:
+        seed = jnp.zeros((), jnp.uint32) if moments.seed is None else moments.seed
+    return AdamaxState(count, mu, nu, scale, moments.residual, seed)
 
 
 def convert(state: Any, like: Any) -> Any:
