@@ -2,6 +2,7 @@
 
 import shutil
 import warnings
+from typing import Any
 
 import flax.linen as nn
 import flax.serialization
@@ -318,7 +319,7 @@ def test_damaged_checkpoints(tmp_path):
 def test_schedules_that_stand_elsewhere():
     """An error: set them first to the count to go on with, as by optax.tree.set."""
     old = optax.adamaxw(optax.constant_schedule(1e-3))
-    state = old.init(_PARAMS)
+    state: Any = old.init(_PARAMS)
     _, state = old.update(_PARAMS, state, _PARAMS)
     like = adamaxw.adamaxw(1e-3).init(_PARAMS)
     apart = (state[0]._replace(count=jnp.int32(7)), *state[1:])
@@ -456,17 +457,30 @@ def test_uint8_far_below_eps():
     grads = jnp.full(2**16, 1e-13)
     narrow, wide = (adamaxw.adamax(1.0, moment_dtype=name) for name in ("uint8", None))
     params = jnp.zeros_like(grads)
-    updates, expected = (
-        np.asarray(_last_updates(opt, params, grads, steps=50)) for opt in (narrow, wide)
-    )
+    updates, expected = (np.asarray(_updates(opt, params, [grads] * 50)) for opt in (narrow, wide))
     size = np.max(np.abs(updates))
     assert np.mean(updates != 0) < 0.2
     assert size > 5 * np.abs(expected[0])
     np.testing.assert_allclose(updates.mean(), expected[0], rtol=0.05)
 
 
-def _last_updates(opt, params, grads, steps):
+def test_a_first_moment_beyond_its_range():
+    """Where the norm forgets first, m is clipped in the state to 1.25 of it."""
+    opt = adamaxw.adamax(1e-3, b1=0.9, b2=0.5, moment_dtype="uint8")
+    wide = adamaxw.adamax(1e-3, b1=0.9, b2=0.5)
+    ratios = []
+    for each in (opt, wide):
+        _, state = _run(each, jnp.ones(3), [*[1.0] * 10, *[0.0] * 5])
+        moments = adamaxw.moments.unpack(state)
+        ratios.append(moments.mu / moments.nu)
+    np.testing.assert_allclose(ratios[0], 1.25, rtol=1e-6)
+    assert np.all(ratios[1] > 5)
+
+
+def _updates(opt, params, gradients):
+    """Those of the last of several steps."""
     state, step = opt.init(params), jax.jit(opt.update)
-    for _ in range(steps):
+    updates = None
+    for grads in gradients:
         updates, state = step(grads, state, params)
     return updates
