@@ -337,17 +337,18 @@ def master_params(params: Any, state: AdamaxState) -> Any:
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     new = []
     for (path, p), residual in zip(leaves, jax.tree.leaves(state.residual), strict=True):
-        name = jax.tree_util.keystr(path)
-        if _leaves.is_array(residual, jnp.int16, jnp.shape(p)):
+        name, kept = jax.tree_util.keystr(path), getattr(residual, "dtype", None)
+        if kept == jnp.int16:
             if not _leaves.is_array(p, jnp.bfloat16, residual.shape):
                 raise ValueError(
-                    f"params{name} must be bfloat16, like its residual, got {_leaves.describe(p)}"
+                    f"params{name} must be bfloat16 of shape {residual.shape}, like its residual, "
+                    f"got {_leaves.describe(p)}"
                 )
             p = _rounding.join(_places.lie_like(p, residual), residual)
-        elif not _leaves.is_array(residual, jnp.int8, jnp.shape(p)):
+        elif kept != jnp.int8:
             raise ValueError(
-                f"state.residual{name} must be int16 of shape {jnp.shape(p)}, or int8 where there "
-                f"is none, got {_leaves.describe(residual)}"
+                f"state.residual{name} must be int16, or int8 where there is none, got "
+                f"{_leaves.describe(residual)}"
             )
         new.append(p)
     return treedef.unflatten(new)
