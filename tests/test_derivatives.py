@@ -57,9 +57,9 @@ def test_codes_carry_no_derivatives_and_say_so(transform):
         _derivatives(transform, "float32", "uint8", "nearest")
     with pytest.raises(NotImplementedError, match=r"stop_gradient"):
         jax.jit(lambda: _derivatives(transform, "bfloat16", "uint8", "exact"))()
+    given = moments.Moments(jnp.int32(1), _START, _START)
     with pytest.raises(NotImplementedError, match=r"uint8"):
-        moments_of = moments.Moments(jnp.int32(1), _START, _START)
-        jax.grad(lambda m: moments.pack(moments_of._replace(mu=m), "uint8").nu_scale)(_START)
+        jax.grad(lambda m: moments.pack(given._replace(mu=m), "uint8").nu_scale)(_START)
 
 
 def test_a_step_of_codes_has_the_derivative_of_the_rate():

@@ -17,7 +17,7 @@ _FORMATS = [None, "bfloat16", "uint8"]
 
 
 def _rounds(opt, begin, n=10_000, rounds=100, steps=5):
-    """Parameters that begin at 1, under a gradient of 1, with an optimizer begun anew each round."""
+    """Parameters from 1 under a gradient of 1, with an optimizer begun anew each round."""
     p = jnp.ones(n, jnp.bfloat16)
     g = jnp.ones_like(p)
     update, state = jax.jit(opt.update), opt.init(p)
@@ -71,9 +71,7 @@ def test_restart_inside_wrappers(moment_dtype):
     opt = optax.MultiSteps(
         optax.partition(
             {
-                name: adamaxw.adamaxw(
-                    1e-2, moment_dtype=moment_dtype, param_rounding="exact"
-                )
+                name: adamaxw.adamaxw(1e-2, moment_dtype=moment_dtype, param_rounding="exact")
                 for name in "ab"
             },
             {"a": "a", "b": "b"},
@@ -106,6 +104,7 @@ def test_a_state_set_to_zeros_is_a_fresh_one(moment_dtype):
     update = jax.jit(opt.update)
 
     def run(state):
+        updates = {}
         for _ in range(5):
             updates, state = update(grads, state, params)
         return updates["w"]
@@ -123,8 +122,10 @@ def test_a_state_set_to_zeros_is_a_fresh_one(moment_dtype):
             assert_equal(run(zeros), expected)
 
 
-@pytest.mark.parametrize(("moment_dtype", "scale"), [("bfloat16", 1e-8), ("bfloat16", -1.0),
-                                                      ("uint8", -1e-8), ("uint8", np.nan)])
+@pytest.mark.parametrize(
+    ("moment_dtype", "scale"),
+    [("bfloat16", 1e-8), ("bfloat16", -1.0), ("uint8", -1e-8), ("uint8", np.nan)],
+)
 def test_a_scale_of_no_state_shows_as_nan(moment_dtype, scale):
     """Such as that of another format."""
     opt = adamaxw.adamaxw(1e-2, moment_dtype=moment_dtype)
@@ -137,7 +138,7 @@ def test_a_scale_of_no_state_shows_as_nan(moment_dtype, scale):
 def _noise(opt, p):
     """How a first step rounds parameters at 1, as 0 and 1."""
     updates, _ = opt.update(jnp.ones_like(p), opt.init(p), p)
-    return updates != 0
+    return jnp.asarray(updates) != 0
 
 
 def _correlation(a, b):
@@ -156,7 +157,7 @@ def test_replicas_under_vmap_draw_noise_of_their_own():
     states = jax.vmap(_STOCHASTIC.init)(p)
     states = states._replace(seed=jnp.arange(2, dtype=jnp.uint32))
     updates, _ = jax.vmap(_STOCHASTIC.update)(jnp.ones_like(p), states, p)
-    assert _correlation(*(updates != 0)) < 0.1
+    assert _correlation(*(jnp.asarray(updates) != 0)) < 0.1
 
 
 def test_shards_draw_noise_of_their_own_where_jax_knows_that_they_differ():
@@ -175,11 +176,11 @@ def test_shards_draw_noise_of_their_own_where_jax_knows_that_they_differ():
         return jax.jit(step)(p)
 
     noise, seed = shards(True, P("x"))
-    assert _correlation(noise[0], noise[1]) < 0.1
+    assert _correlation(*noise[:2]) < 0.1
     assert seed.shape == ()
     shards(True, P())  # an error, if replicas might differ
     noise, _ = shards(False, P("x"))
-    np.testing.assert_array_equal(noise[0], noise[1])
+    np.testing.assert_array_equal(*noise[:2])
 
 
 def test_groups_of_a_partition_draw_noise_of_their_own():
@@ -187,4 +188,4 @@ def test_groups_of_a_partition_draw_noise_of_their_own():
     opt = optax.partition({"a": _STOCHASTIC, "b": _STOCHASTIC}, {"a": "a", "b": "b"})
     p = {"a": jnp.ones(4096, jnp.bfloat16), "b": jnp.ones(4096, jnp.bfloat16).at[0].set(2)}
     updates, _ = opt.update(jax.tree.map(jnp.ones_like, p), opt.init(p), p)
-    assert _correlation(updates["a"] != 0, updates["b"] != 0) < 0.1
+    assert _correlation(*(jnp.asarray(updates[name]) != 0 for name in "ab")) < 0.1

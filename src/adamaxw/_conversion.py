@@ -182,7 +182,9 @@ def _residual(name: str, state: AdamaxState, other_name: str, like: AdamaxState)
         )
     shapes = [x.shape for x in jax.tree.leaves(state.mu)]
     for each, tree in ((name, old), (other_name, goal)):
-        for (path, x), shape in zip(jax.tree_util.tree_leaves_with_path(tree), shapes):
+        for (path, x), shape in zip(
+            jax.tree_util.tree_leaves_with_path(tree), shapes, strict=tree is not None
+        ):
             if x.shape != shape or x.dtype not in (jnp.int8, jnp.int16):
                 raise TypeError(
                     f"{each}.residual{keystr(path)} must be int16 of shape {shape}, or int8 where "

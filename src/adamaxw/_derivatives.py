@@ -1,4 +1,4 @@
-"""Derivatives through rounding: they pass straight through it or, for integer codes, are refused."""
+"""Derivatives through rounding: they pass straight through or, for integer codes, are refused."""
 
 from typing import Any
 

@@ -39,10 +39,10 @@ def diagnostics(
         - 'update_norm', 'param_norm': global 2-norms of updates and params;
         - 'update_to_weight': the first over the second; 1e-3 or so, as a rule of thumb; inf where
           all parameters are 0;
-        - 'lost', of bfloat16 and float16 parameters: the fraction of updates other than 0 that leave
-          their parameter as it is. With `param_rounding` "stochastic" and "exact" it is 0 unless
-          something has scaled the updates since, which makes them useless; with "nearest" it says
-          how much of the training rounding undoes;
+        - 'lost', where parameters are bfloat16 or float16: the fraction of their updates other
+          than 0 that leave the parameter as it is. With `param_rounding` "stochastic" and "exact"
+          it is 0, unless something has scaled the updates since: then training stands still. With
+          "nearest" it says how much of the training rounding undoes;
         - 'at_floor': the fraction of elements whose infinity norm is at its lower bound, eps. They
           have not seen a gradient that counts, for long;
         - 'saturated', with `moment_dtype="uint8"` alone: the fraction of those at the upper bound,
@@ -140,8 +140,8 @@ def _narrow(updates: Any, params: Any) -> Iterator[tuple[str | None, jax.Array, 
         if u is not None and jnp.issubdtype(p.dtype, jnp.floating) and p.dtype.itemsize < 4:
             changes = u != 0
             stays = (p.astype(jnp.float32) + u.astype(jnp.float32)).astype(p.dtype) == p
-            counts = (jnp.sum(x, dtype=jnp.float32) for x in (changes & stays, changes))
-            yield _first(path), *counts
+            lost = jnp.sum(changes & stays, dtype=jnp.float32)
+            yield _first(path), lost, jnp.sum(changes, dtype=jnp.float32)
 
 
 def _trained(state: Any, floor: Any) -> Iterator[tuple[str | None, float, dict[str, jax.Array]]]:

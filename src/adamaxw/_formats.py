@@ -8,6 +8,9 @@ Two facts make few bits enough for AdaMax; `docs/numerics.md` proves them.
 - `|m_t|` is at most about `u_t`, so the ratio of the two has a fixed range, element by element.
 """
 
+# A jitted method overrides one that is not.
+# pyright: reportIncompatibleMethodOverride=false
+
 import reprlib
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -51,7 +54,7 @@ class Format:
     has_scale: ClassVar[bool] = False
     is_noisy: ClassVar[bool] = False
 
-    def dtypes(self, dtype: Any) -> tuple[Any, Any] | None:
+    def dtypes(self, dtype: Any) -> Any:
         """Dtypes of `mu` and `nu` for parameters of an inexact dtype; None if it has none."""
         norm = arithmetic(dtype)
         if jnp.issubdtype(dtype, jnp.complexfloating):

@@ -144,7 +144,7 @@ def side_by_side(
     rows = []
     for index, (g, m, u, r, p) in enumerate(zip(gradients, *columns, strict=True)):
         # Where the gradient is None, params may have a subtree.
-        decay = any([next(flags) for _ in jax.tree.leaves(p)])
+        decay = sum(next(flags) for _ in jax.tree.leaves(p)) > 0
         if g is None:
             rows.append(Leaf(g, m, u, r, p, decay, None))
             continue
@@ -345,7 +345,7 @@ def _spoiled(updates: Any, index: int, g: Any, m: Any, u: Any, fmt: Format) -> E
     dtypes = (fmt.dtypes(g.dtype) if is_inexact else None) or fmt.dtypes(jnp.float32)
     expected = " and ".join(str(jnp.dtype(dtype)) for dtype in dtypes or ())
     hint = "A state made with another moment_dtype is converted by adamaxw.moments.convert"
-    if getattr(getattr(m, "dtype", None), "kind", None) == "V":
+    if isinstance(getattr(m, "dtype", None), np.dtype) and m.dtype.type is np.void:
         hint = "np.savez forgets bfloat16: array.view(ml_dtypes.bfloat16) gives it back"
     return TypeError(
         f"state.mu{path} and state.nu{path} must be as init makes them, {expected} of shape "

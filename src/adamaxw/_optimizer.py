@@ -90,9 +90,10 @@ def adamaxw(
             has made of a function, and is refused.
         moment_dtype: how the moments are stored between steps. None: in the dtype of the
             arithmetic, 8 bytes a float32 parameter. "bfloat16" or the dtype: 4 bytes. "uint8" or
-            the dtype: 2 bytes, the norm within 5.9% (1/12 of an octave) of the exact one for ever,
-            up to `eps * 2**42.5`; for b1 up to about 0.95 and eps from 1e-10 to 1e25. Only real
-            parameters, with the last two; their steps are those of the moments as they are stored.
+            the dtype: 2 bytes, the norm within 5.9% (1/12 of an octave) of the exact one however
+            many steps, up to `eps * 2**42.5`; for b1 up to about 0.95, b2 from 0.98 and eps from
+            1e-10 to 1e25. Only real parameters, with the last two; their steps are those of the
+            moments as they are stored.
         param_rounding: how the new value of a bfloat16 or float16 parameter is rounded, which
             `optax.apply_updates` does. "nearest": steps below 1/512 of a bfloat16 parameter are
             lost. "stochastic": to one of the two neighbours at random, so that the mean is right;
@@ -405,9 +406,10 @@ def _update(
         _unchanged(leaf) if leaf.rounding is None else _step_leaf(leaf, step, next(indices))
         for leaf in leaves
     ]
-    has_residual = state.residual is not None
-    updates, mu, nu, *residual = _leaves.columns(treedef, rows, 4 if has_residual else 3)
-    return updates, AdamaxState(count, mu, nu, new_scale, *residual or [None], state.seed)
+    number = 3 if state.residual is None else 4
+    updates, mu, nu, *rest = _leaves.columns(treedef, rows, number)
+    residual = rest[0] if rest else None
+    return updates, AdamaxState(count, mu, nu, new_scale, residual, state.seed)
 
 
 _update_in_one_call = jax.jit(_update, static_argnames="settings")

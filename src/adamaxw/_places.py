@@ -76,17 +76,17 @@ def lie_together(tree: Any) -> bool:
 
 
 def varying_axes(x: Any) -> tuple[str, ...]:
-    """Inside `jax.shard_map`, the axes along which shards hold different values, as far as known."""
+    """Inside `jax.shard_map`, the axes along which JAX knows shards to hold different values."""
     aval = jax.typeof(x)
     kind = getattr(aval, "manual_axis_type", None)  # `vma` until JAX 0.9
     return tuple(sorted(getattr(aval, "vma", ()) if kind is None else kind.varying))
 
 
-def concrete(sharding: Sharding) -> Sharding:
+def concrete(sharding: Any) -> Any:
     """`sharding` on the mesh that is set, if its own is abstract; the default place if none is."""
     if not isinstance(getattr(sharding, "mesh", None), AbstractMesh):
         return sharding
-    place = jnp.zeros((), device=NamedSharding(sharding.mesh, PartitionSpec())).sharding
+    place: Any = jnp.zeros((), device=NamedSharding(sharding.mesh, PartitionSpec())).sharding
     return NamedSharding(place.mesh, sharding.spec) if hasattr(place, "mesh") else place
 
 

@@ -256,8 +256,8 @@ def seed_of(params: Any) -> jax.Array:
 @jax.jit
 def _sum_of_bits(x: jax.Array) -> jax.Array:
     bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    # Odd weights: no change of a single element goes unseen.
-    total = jnp.sum(bits * (2 * _flat_index(x.shape) + 1), dtype=jnp.uint32)
+    # Bijective for each element: no change of a single one goes unseen.
+    total = jnp.sum(_mix(bits + _flat_index(x.shape) * np.uint32(0x9E3779B9)), dtype=jnp.uint32)
     manual = tuple(jax.sharding.get_abstract_mesh().manual_axes)
     return lax.psum(total, manual) if manual else total
 

@@ -75,8 +75,8 @@ def read(
         raise ValueError(
             "all parameters must have done the same number of steps, got "
             + ", ".join(f"{step} for {path!r}" for step, path in steps.items())
-            + ". Call from_torch for each number of steps, on those parameters alone, and give each "
-            "its own optimizer by optax.partition"
+            + ". Call from_torch for each number of steps, on those parameters alone, and give "
+            "each its own optimizer by optax.partition"
         )
     count = np.int32(min(next(iter(steps), 0), 2**31 - 1))
     mu, nu = (treedef.unflatten([pair[i] for pair in moments]) for i in range(2))
