@@ -165,8 +165,8 @@ def side_by_side(
             how = param_rounding.of(dtype)
             if how is None:
                 raise _not_rounded(f"params{_path(updates, index)}", param_rounding, dtype)
-            fits = r is None if residual is None else is_array(r, how.residual_dtype, m.shape)
-            if not fits and (residual is not None or how.residual_dtype != NEAREST.residual_dtype):
+            fits = is_array(r, how.residual_dtype, m.shape)
+            if not fits and (r is not None or how.residual_dtype != NEAREST.residual_dtype):
                 raise _misfit_residual(updates, index, p, r, how)
         rows.append(Leaf(g, m, u, r, p, decay, how))
     return treedef, rows
