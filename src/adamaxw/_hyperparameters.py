@@ -44,10 +44,11 @@ def checked(name: str, value: Any) -> Scalar:
     if isinstance(scalar, Tracer):
         return scalar
     allowed, is_allowed = _ALLOWED[name]
+    known = np.asarray(scalar)  # Comparing an array of JAX is traced, too, in a function that is.
     with np.errstate(over="ignore", under="ignore"):
-        rounded = np.float32(scalar)
+        rounded = np.float32(known)
     # What is so little below 0 is 0 in float32, and has no logarithm.
-    if not is_allowed(rounded) or scalar < 0:
+    if not is_allowed(rounded) or known < 0:
         raise ValueError(f"{name} must satisfy {allowed} in float32, got {value!r}")
     return scalar
 
