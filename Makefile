@@ -1,18 +1,20 @@
-# Everything runs in .venv, which is made when it is first needed.
+# Everything runs in VENV, which is made with PYTHON when it is first needed; TESTS chooses tests.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+TESTS ?=
+BIN := $(VENV)/bin
 
 .PHONY: demo test check lowest docs bench clean
 
 # The optimizer at work on real input: about two minutes on two cores; pictures in output/.
-demo: .venv/.installed
+demo: $(VENV)/.installed
 	$(BIN)/python examples/language_model.py
 	$(BIN)/python examples/vae.py
 
-test: .venv/.installed
-	$(BIN)/python -m pytest -n auto
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n auto $(TESTS)
 
-check: .venv/.installed
+check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
@@ -25,11 +27,11 @@ lowest: .venv-lowest/.installed
 
 # The documentation, in output/site: broken links and anchors are errors. The pages open from the
 # disk; their search needs a server, such as that of `mkdocs serve`.
-docs: .venv/.installed
+docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Speed beside the peers: half an hour or more on two cores; rewrites docs/benchmarks.md.
-bench: .venv/.bench
+bench: $(VENV)/.bench
 	@$(BIN)/python -c 'import torch, pytorch_optimizer' 2>/dev/null || { \
 	  echo 'Without the peers of PyTorch: they are skipped. To have them:'; \
 	  echo '  $(BIN)/pip install torch && $(BIN)/pip install --no-deps pytorch_optimizer'; }
@@ -39,14 +41,14 @@ bench: .venv/.bench
 clean:
 	rm -rf .venv .venv-lowest output
 
-.venv/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo 'adamaxw needs Python 3.11 or newer: make PYTHON=python3.12' >&2; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $@
 
-.venv/.bench: .venv/.installed
+$(VENV)/.bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	@touch $@
 

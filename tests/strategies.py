@@ -107,7 +107,7 @@ _ODDITIES = [
     *(object(), float, jnp.float32, np.float32, jnp.sin, Fraction(1, 3), Decimal("0.1")),
     *(timedelta(1), Ellipsis, NotImplemented, range(3), slice(None), frozenset()),
     *(np.str_("text"), np.bytes_(b"x"), np.array("text"), np.array(["a", "b"]), _TIME, _TIME[0]),
-    *(np.timedelta64(3), np.datetime64("2020-01-01"), np.array([1.0, None])),
+    *(np.timedelta64(3, "s"), np.datetime64("2020-01-01"), np.array([1.0, None])),
     *(np.array(None), np.ma.masked_array([1.0, 2.0]), np.zeros(2, [("x", "f4")])),
     *(np.array(0.1, object), np.longdouble(0.1), np.clongdouble(0.1)),
     *(np.zeros(2, np.longdouble), np.zeros(2, jax.dtypes.float0)),

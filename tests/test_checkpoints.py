@@ -272,8 +272,8 @@ def test_leaves_are_saved_under_their_names(moments, tmp_path):
     state = opt.init(params)
     ocp.save(tmp_path / "state", state)
     saved = _leaves(ocp.metadata(tmp_path / "state").metadata)
-    expected = {"count", "mu/w", "mu/b", "nu/w", "nu/b", "residual/w"}
-    assert {name for name, _ in saved} == expected | ({"nu_scale"} if moments else set())
+    expected = {"count", "mu/w", "mu/b", "nu/w", "nu/b", "residual/w", "residual/b"}
+    assert {name for name, _ in saved} == expected | ({"nu_scale", "seed"} if moments else set())
     assert saved == _leaves(state)
 
 
@@ -327,7 +327,7 @@ def test_another_rounding_is_an_error_of_orbax(saved, tmp_path):
 
 
 def test_params_of_another_dtype_are_an_error_of_update(tmp_path):
-    """With a residual of None beside what is now bfloat16."""
+    """With the residual of a float32 parameter beside what is now bfloat16."""
     opt = adamaxw.adamaxw(1e-2, param_rounding="exact")
     params = {"w": jnp.ones((8, 8), jnp.bfloat16), "b": jnp.ones(8)}
     run = {"params": params, "state": opt.init(params)}

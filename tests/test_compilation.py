@@ -118,7 +118,7 @@ def test_numbers_have_the_precision_of_the_mode():
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_numbers_belong_to_no_mesh(monkeypatch, axis_type):
     """One call serves another device after a step under a mesh that was set, with the same rate."""
-    _optimizer._on_device.cache_clear()
+    _optimizer._as_array.cache_clear()
     mesh = Mesh(np.array(jax.devices()[:4]), "x", axis_types=(axis_type,))
     opt = adamaxw.adamaxw(0.1)
     with jax.set_mesh(mesh):
@@ -132,7 +132,7 @@ def test_numbers_belong_to_no_mesh(monkeypatch, axis_type):
 
 
 @pytest.mark.parametrize("moment_dtype", _FORMATS)
-def test_leaves_on_devices_of_their_own(monkeypatch, moment_dtype):
+def test_leaves_as_arrays_of_their_own(monkeypatch, moment_dtype):
     """No compiled call spans two devices, so outside jit each leaf has its own, where it lies."""
     params = _tree()
     places = {name: jax.devices()[int(name) % 3] for name in params}

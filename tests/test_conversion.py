@@ -284,7 +284,7 @@ def test_low_bits_are_never_dropped_in_silence(make):
     """A goal without residual is refused until the caller gives the bits up."""
     _, params, state = _trained(None, "exact", "bfloat16")
     like = make(0.01).init(params)
-    with pytest.raises(ValueError, match=r"state.residual\['b'\].*master_params.*_replace"):
+    with pytest.raises(ValueError, match=r"state.residual.*master_params.*_replace"):
         convert(state, like)
     assert types_of(convert(state._replace(residual=None), like)) == types_of(like)
 

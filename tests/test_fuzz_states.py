@@ -112,7 +112,8 @@ def _check_leaf(leaf, count, scales, h, param_rounding, may_be_lost):
     is_code, is_double = new_dtype == np.int8, new_dtype in (np.float64, np.complex128)
     # Some roundings of the arithmetic, and what it holds.
     unit, largest = (1e-13, 1e307) if is_double else (2e-6, 4e37)
-    value = _wide(leaf.p) if leaf.residual is None else _joined(leaf.p, leaf.residual)
+    has_residual = leaf.residual is not None and np.asarray(leaf.residual).dtype == np.int16
+    value = _joined(leaf.p, leaf.residual) if has_residual else _wide(leaf.p)
     got_m, got_u = _decoded(leaf.new_mu, leaf.new_nu, scales[1])
     got_update = _wide(leaf.update)
     lost = np.logical_and(~np.isfinite(got_update), may_be_lost)
@@ -175,7 +176,7 @@ def _check_leaf(leaf, count, scales, h, param_rounding, may_be_lost):
         # What counts is where the parameter goes.
         base, due = _wide(leaf.p), value + due
         got = base + got_update
-        if leaf.residual is not None:
+        if has_residual:
             got = _joined(got.astype(np.asarray(leaf.p).dtype), leaf.new_residual)
         else:
             error += float(p_info.eps) * np.abs(due) + float(p_info.smallest_subnormal)

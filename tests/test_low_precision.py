@@ -335,19 +335,19 @@ def test_map_params_names_every_copy(moment_dtype):
         transform_non_params=lambda _: "other",
     )
     scale = None if moment_dtype is None else "other"
-    assert named == adamaxw.AdamaxState("other", names, names, scale, names)
+    assert named == adamaxw.AdamaxState("other", names, names, scale, names, scale)
 
 
 @each_format
 def test_map_params_where_some_have_no_residual(moment_dtype):
-    """A float32 parameter has None there, which a rest tree meets only if None is a leaf."""
+    """Zeros of int8 stand there, so that a rest tree meets a leaf everywhere."""
     opt = _make(moment_dtype, "exact")
     params = {"s": _PARAMS["s"].astype(jnp.float32), "w": _PARAMS["w"]}
     state = opt.init(params)
-    assert state.residual["s"] is None
+    assert state.residual["s"].dtype == jnp.int8
     doubled = optax.tree.map_params(opt, lambda x: np.asarray(x).shape, state)
     assert doubled.mu == {"s": (), "w": (3, 4)}
-    assert doubled.residual == {"s": None, "w": (3, 4)}
+    assert doubled.residual == {"s": (), "w": (3, 4)}
 
     names = {"s": "S", "w": "W"}
     named = optax.tree.map_params(
@@ -466,12 +466,13 @@ def _n_bytes(tree):
 @each_rounding
 @each_format
 def test_bytes_of_state(moment_dtype, param_rounding, dtype):
-    """8, 4 or 2 bytes a parameter, 2 more for the low bits of a bfloat16 one, and two scalars."""
+    """8, 4 or 2 bytes a parameter, 2 more for the low bits of a bfloat16 one, and scalars."""
     params = jnp.ones((30, 40), dtype)
     state = _make(moment_dtype, param_rounding).init(params)
     has_residual = param_rounding == "exact" and dtype == "bfloat16"
     a_parameter = _STATE_BYTES[moment_dtype] + 2 * has_residual
-    scalars = 4 + 4 * (moment_dtype is not None)
+    is_noisy = moment_dtype is not None or param_rounding == "stochastic"
+    scalars = 4 + 4 * (moment_dtype is not None) + 4 * is_noisy
     assert _n_bytes(state) == a_parameter * params.size + scalars
 
 

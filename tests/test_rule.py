@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from oracle import Oracle
 
-from adamaxw._rule import bias_correction, next_moments, next_step
+from adamaxw._rule import Constants, Decay, bias_correction, next_moments, next_step
 
 _TINY = float(np.finfo(np.float32).tiny)
 # XLA flushes denormals to zero, so the rule is compared on normal numbers and zero.
@@ -22,8 +22,8 @@ _B2 = st.floats(0, 1)
 
 def _step(g, m, u, p, t=1, *, lr=1e-3, wd=0.1, b1=0.9, b2=0.999, eps=1e-8):
     g, m, u, p = map(jnp.asarray, (g, m, u, p))
-    rate = (lr / bias_correction(b1, jnp.float32(t))).astype(m.dtype)
-    m, u = next_moments(g, m, u, b1=b1, b2=b2, eps=eps)
+    rate = (lr / bias_correction(Decay.of(b1), jnp.float32(t))).astype(m.dtype)
+    m, u = next_moments(g, m, u, Constants(Decay.of(b1), Decay.of(b2), eps))
     return next_step(m / u.astype(m.dtype), p, rate=rate, decay=lr * wd), m, u
 
 
@@ -60,7 +60,7 @@ def test_bias_correction_keeps_every_digit(b1, traced):
     given_b1 = jnp.float32(b1) if traced else b1
     # A traced b1 is a float32 number, and the correction is the one that belongs to it.
     exact = -np.expm1(t.astype(np.float64) * np.log1p(float(given_b1) - 1.0)) if b1 else 1.0
-    got = np.array([bias_correction(given_b1, jnp.float32(x)) for x in t])
+    got = np.array([bias_correction(Decay.of(given_b1), jnp.float32(x)) for x in t])
     np.testing.assert_allclose(got, np.broadcast_to(exact, t.shape), rtol=3e-7)
 
 

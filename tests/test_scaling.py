@@ -32,7 +32,7 @@ def test_shapes_are_those_of_the_models():
 def test_bytes_fall_with_the_number_of_devices(strategy, fmt):
     """State by all of it, down to 4,096; parameters and gradients with FSDP alone."""
     size = {None: 8, "bfloat16": 4, "uint8": 2}[fmt.moment_dtype] + 2 * (fmt[2] == "exact")
-    scalars = 4 if fmt.moment_dtype is None else 8
+    scalars = 12 if fmt.moment_dtype else 8 if fmt[2] == "stochastic" else 4
     width = {"float32": 4, "bfloat16": 2}[fmt.dtype]
     for model in scaling.MODELS:
         number = scaling.parameters(model)

@@ -197,8 +197,8 @@ def test_abstract_mesh():
     state = jax.jit(opt.init, out_shardings=found).eval_shape(params)
     assert found.mu["w"].shard_shape((2**20, 2**13)) == (2**11, 2**10)
     lines = str(sharding.describe(state)).splitlines()
-    assert lines[-2].split() == ["a", "device", f"{2 * 2**21 + 8:,}"]
-    assert lines[-1].split()[-1] == f"{2 * 2**33 + 8:,}"
+    assert lines[-2].split() == ["a", "device", f"{2 * 2**21 + 12:,}"]
+    assert lines[-1].split()[-1] == f"{2 * 2**33 + 12:,}"
 
 
 @pytest.mark.parametrize("memory_kind", [None, "pinned_host"])
@@ -246,8 +246,10 @@ def test_no_device_ever_holds_the_whole_state(axis_type, moment_dtype):
     init = jax.jit(opt.init, out_shardings=sharding.of_state(opt, params, data_axis="data"))
     whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(init.eval_shape(params)))
     memory = init.lower(params).compile().memory_analysis()
-    # The two scalars are on every device; temporaries are for those.
-    assert memory.output_size_in_bytes + memory.temp_size_in_bytes < whole / 8 + 64
+    # The hash of parameters of which noise is made: XLA on the CPU does not sum it as it goes.
+    hashed = 0 if moment_dtype is None else 4 * 64 * 128
+    # The scalars are on every device; temporaries are for those.
+    assert memory.output_size_in_bytes + memory.temp_size_in_bytes < whole / 8 + 64 + hashed
 
     before = {id(x) for x in jax.live_arrays()}
     state = jax.block_until_ready(init(params))

@@ -86,10 +86,10 @@ def step_of(
 
     def step(params: Any, state: Any, grads: Any) -> Any:
         count = state.count + 1
-        rate = LR / _rule.bias_correction(B1, count.astype(jnp.float32))
+        rate = LR / _rule.bias_correction(_rule.Decay.of(B1), count.astype(jnp.float32))
         scale, new_scale = state.nu_scale, None
         if scale is not None:
-            new_scale = fmt.rescale(_rule.shrink(B2, scale), jnp.float32(EPS))
+            new_scale = fmt.rescale(_rule.shrink(_rule.Decay.of(B2), scale), jnp.float32(EPS))
         one = jnp.float32(1)
         scalars = jnp.stack(
             [

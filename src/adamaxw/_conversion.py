@@ -108,7 +108,7 @@ def _convert_moments(state: Any, like: Any, reformat: Reformat, where: str) -> A
     for each, node in ((name, source), (other_name, goal)):
         _leaves.check_count(f"{each}.count", node.count)
         scale = node.nu_scale
-        if scale is not None and not _leaves.is_float32_scalar(scale):
+        if scale is not None and not _leaves.is_array(scale, jnp.float32):
             raise TypeError(
                 f"{each}.nu_scale must be a float32 scalar or None, got {_leaves.describe(scale)}"
             )
@@ -120,9 +120,13 @@ def _convert_moments(state: Any, like: Any, reformat: Reformat, where: str) -> A
     _check_alike(name, source, other_name, goal)
     if not isinstance(state, AdamaxState):
         _optax_state.check(name, state)
-    residual = _residual(name, source, other_name, goal)
+    residual, seed = _residual(name, source, other_name, goal), None
+    if goal.seed is not None:
+        seed = source.seed
+        if seed is None:
+            seed = jnp.zeros_like(source.count, dtype=jnp.uint32)
     new = reformat(source._replace(residual=None), goal._replace(residual=None), other_name)
-    new = new._replace(residual=residual)
+    new = new._replace(residual=residual, seed=seed)
     return new if is_ours else _optax_state.written(other_name, new, like)
 
 
@@ -164,37 +168,34 @@ def _kind(m: Any, u: Any) -> str:
 
 def _residual(name: str, state: AdamaxState, other_name: str, like: AdamaxState) -> Any:
     """The residual of `state`, zeros where only `like` has one."""
+    old, goal = state.residual, like.residual
+    for each, tree in ((name, old), (other_name, goal)):
+        if tree is not None:
+            _leaves.check_structures(f"{each}.residual", tree, f"{name}.mu", state.mu)
+    if old is not None and [x.dtype for x in jax.tree.leaves(old)] != [
+        x.dtype for x in jax.tree.leaves(goal)
+    ]:
+        raise ValueError(
+            f"{name}.residual holds the low bits of float32 weights, for which {other_name} has no "
+            "place, or not the same: take the weights from adamaxw.moments.master_params and go on "
+            "with them, or give the bits up by state._replace(residual=None)"
+        )
+    shapes = [x.shape for x in jax.tree.leaves(state.mu)]
+    for each, tree in ((name, old), (other_name, goal)):
+        for (path, x), shape in zip(
+            jax.tree_util.tree_leaves_with_path(tree), shapes, strict=tree is not None
+        ):
+            if x.shape != shape or x.dtype not in (jnp.int8, jnp.int16):
+                raise TypeError(
+                    f"{each}.residual{keystr(path)} must be int16 of shape {shape}, or int8 where "
+                    f"there is none, got {_leaves.describe(x)}"
+                )
+    if old is not None or goal is None:
+        return old
+    # Like the moments, which lie where the parameters lie.
     treedef = jax.tree.structure(state.mu)
-
-    def leaves(name: str, tree: Any) -> list[Any]:
-        if tree is None:
-            return [None] * treedef.num_leaves
-        named = (f"{name}.residual", tree, f"{name}.mu", state.mu)
-        _leaves.check_structures(*named, lambda x: x is None)
-        return treedef.flatten_up_to(tree)
-
-    rows = zip(
-        jax.tree_util.tree_leaves_with_path(state.mu),
-        leaves(name, state.residual),
-        leaves(other_name, like.residual),
-        strict=True,
-    )
-    new = []
-    for (path, m), old, goal in rows:
-        if goal is not None and (goal.shape, goal.dtype) != (m.shape, jnp.int16):
-            raise TypeError(
-                f"{other_name}.residual{keystr(path)} must be int16 of shape {m.shape}, got "
-                f"{_leaves.describe(goal)}"
-            )
-        if old is not None and (goal is None or (old.shape, old.dtype) != (m.shape, goal.dtype)):
-            raise ValueError(
-                f"{name}.residual{keystr(path)} holds the low bits of float32 weights, for which "
-                f"{other_name} has no place: take the weights from adamaxw.moments.master_params "
-                "and go on with them, or give the bits up by state._replace(residual=None)"
-            )
-        zeros = None if goal is None else jnp.zeros_like(m, dtype=goal.dtype)
-        new.append(zeros if old is None else old)
-    return None if like.residual is None else treedef.unflatten(new)
+    pairs = zip(jax.tree.leaves(state.mu), jax.tree.leaves(goal), strict=True)
+    return treedef.unflatten([jnp.zeros_like(m, dtype=x.dtype) for m, x in pairs])
 
 
 def _kept(x: Any, like: Any, where: str) -> Any:

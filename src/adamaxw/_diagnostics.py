@@ -39,6 +39,10 @@ def diagnostics(
         - 'update_norm', 'param_norm': global 2-norms of updates and params;
         - 'update_to_weight': the first over the second; 1e-3 or so, as a rule of thumb; inf where
           all parameters are 0;
+        - 'lost', where parameters are bfloat16 or float16: the fraction of their updates other
+          than 0 that leave the parameter as it is. With `param_rounding` "stochastic" and "exact"
+          it is 0, unless something has scaled the updates since: then training stands still. With
+          "nearest" it says how much of the training rounding undoes;
         - 'at_floor': the fraction of elements whose infinity norm is at its lower bound, eps. They
           have not seen a gradient that counts, for long;
         - 'saturated', with `moment_dtype="uint8"` alone: the fraction of those at the upper bound,
@@ -72,6 +76,9 @@ def diagnostics(
     floor = jnp.asarray(_hyperparameters.checked("eps", eps), jnp.float32) * np.float32(_AT_FLOOR)
     update_squares = _Terms(_squares("updates", updates))
     param_squares = _Terms(_squares("params", params))
+    narrow = list(_narrow(updates, params))
+    lost = _Terms((key, stays) for key, stays, _ in narrow)
+    changes = _Terms((key, changes) for key, _, changes in narrow)
     trained = list(_trained(state, floor))
     sizes = _Terms((key, jnp.float32(size)) for key, size, _ in trained)
     counts = {
@@ -86,6 +93,8 @@ def diagnostics(
             "param_norm": param,
             "update_to_weight": update / jnp.where(update == 0, 1, param),
         }
+        if key in changes.groups:
+            result["lost"] = lost.sum(key) / jnp.maximum(changes.sum(key), 1)
         if key in sizes.groups:
             result |= {name: terms.sum(key) / sizes.sum(key) for name, terms in counts.items()}
         return result
@@ -121,6 +130,18 @@ def _squares(name: str, tree: Any) -> Iterator[tuple[str | None, jax.Array]]:
         if jnp.issubdtype(x.dtype, jnp.inexact):
             size = jnp.abs(x).astype(jnp.float32)
             yield _first(path), jnp.sum(size * size)
+
+
+def _narrow(updates: Any, params: Any) -> Iterator[tuple[str | None, jax.Array, jax.Array]]:
+    """The first key of each leaf of less than 32 bits; how many updates are lost, and not 0."""
+    updates, params = _paths.pure(updates), _paths.pure(params)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    for (path, p), u in zip(leaves, treedef.flatten_up_to(updates), strict=True):
+        if u is not None and jnp.issubdtype(p.dtype, jnp.floating) and p.dtype.itemsize < 4:
+            changes = u != 0
+            stays = (p.astype(jnp.float32) + u.astype(jnp.float32)).astype(p.dtype) == p
+            lost = jnp.sum(changes & stays, dtype=jnp.float32)
+            yield _first(path), lost, jnp.sum(changes, dtype=jnp.float32)
 
 
 def _trained(state: Any, floor: Any) -> Iterator[tuple[str | None, float, dict[str, jax.Array]]]:

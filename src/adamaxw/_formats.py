@@ -8,10 +8,13 @@ Two facts make few bits enough for AdaMax; `docs/numerics.md` proves them.
 - `|m_t|` is at most about `u_t`, so the ratio of the two has a fixed range, element by element.
 """
 
+# A jitted method overrides one that is not.
+# pyright: reportIncompatibleMethodOverride=false
+
 import reprlib
 from dataclasses import dataclass
 from functools import partial, reduce
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +22,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+from adamaxw._derivatives import straight_through, without_derivatives
 from adamaxw._rule import Constants, cast, next_first_moment, next_moments, shrink
 
 # Noise for `encode` that rounds to the nearest: half of the range of 16 bits.
@@ -30,10 +34,13 @@ def arithmetic(dtype: Any) -> Any:
     return jnp.float64 if jnp.finfo(dtype).bits == 64 else jnp.float32
 
 
-class Format(Protocol):
-    """A way to store moments. All methods but `rescale` work on one leaf, element by element.
+@dataclass(frozen=True)
+class Format:
+    """A way to store moments; this one stores them as they are.
 
-    Before the first step a state holds zeros of `dtypes` and the scale `rescale(eps, eps)`.
+    Float32, float64 for 64-bit parameters, the first moment complex for complex ones. All methods
+    but `rescale` work on one leaf, element by element. Before the first step a state holds zeros of
+    `dtypes` and the scale `rescale(eps, eps)`.
 
     Attributes:
         name: the `moment_dtype` that stands for it.
@@ -42,49 +49,53 @@ class Format(Protocol):
         is_noisy: whether `encode` rounds at random.
     """
 
-    name: ClassVar[str | None]
-    eps_range: ClassVar[tuple[float, float]]
-    has_scale: ClassVar[bool]
-    is_noisy: ClassVar[bool]
+    name: ClassVar[str | None] = None
+    eps_range: ClassVar[tuple[float, float]] = (0.0, np.inf)
+    has_scale: ClassVar[bool] = False
+    is_noisy: ClassVar[bool] = False
 
-    def dtypes(self, dtype: Any) -> tuple[Any, Any] | None:
+    def dtypes(self, dtype: Any) -> Any:
         """Dtypes of `mu` and `nu` for parameters of an inexact dtype; None if it has none."""
-        ...
+        norm = arithmetic(dtype)
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            return (jnp.complex128 if norm == jnp.float64 else jnp.complex64), norm
+        return norm, norm
 
     def rescale(self, scale: jax.Array, eps: jax.Array) -> jax.Array | None:
         """`scale` moved by whole steps of the grid to where norms of at least `eps` are in range.
 
         Args:
-            scale: float32 scalar, not negative; 0 or what is not finite starts anew.
+            scale: float32 scalar, not negative; from 0 it starts anew.
             eps: float32 scalar.
 
         Returns:
             The scale to encode with, a float32 scalar; None in a format that has none.
         """
-        ...
+        del scale, eps
 
-    def encode(
-        self, m: jax.Array, u: jax.Array, scale: jax.Array | None, noise: Any
-    ) -> tuple[jax.Array, jax.Array]:
+    def encode(self, m: jax.Array, u: jax.Array, scale: Any, noise: Any) -> tuple[Any, Any]:
         """Stores a first moment and a norm; `noise` is uint32, uniform in [0, 2^16)."""
-        ...
+        del scale, noise
+        return m, u
 
-    def decode(
-        self, mu: jax.Array, nu: jax.Array, scale: jax.Array | None, dtype: Any
-    ) -> tuple[jax.Array, jax.Array]:
+    def decode(self, mu: jax.Array, nu: jax.Array, scale: Any, dtype: Any) -> tuple[Any, Any]:
         """The first moment and the norm that `encode` has stored with this scale.
 
-        In `dtype`, float32 or float64, unless they are stored in the dtype of the arithmetic.
+        In `dtype`, float32 or float64, unless they are stored in the dtype of the arithmetic. From
+        a scale of 0, which is that of a state set to zeros, both are zero.
         """
-        ...
+        del scale, dtype
+        return mu, nu
 
-    def ratio(self, mu: jax.Array, nu: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array:
+    def ratio(self, mu: jax.Array, nu: jax.Array, scale: Any, dtype: Any) -> jax.Array:
         """The first of the two over the second."""
-        ...
+        m, u = self.decode(mu, nu, scale, dtype)
+        return m / u.astype(m.dtype)
 
     def saturated(self, mu: jax.Array, nu: jax.Array) -> dict[str, jax.Array]:
         """Which norms are at the upper bound of the format, as 'saturated', if it has one."""
-        ...
+        del mu, nu
+        return {}
 
     def step(
         self,
@@ -106,74 +117,15 @@ class Format(Protocol):
         Returns:
             The new `mu` and `nu`.
         """
-        ...
-
-
-def _step_decoded(
-    self: Format,
-    g: jax.Array,
-    stored: tuple[jax.Array, jax.Array],
-    scales: tuple[Any, Any],
-    noise: Any,
-    constants: Constants,
-) -> tuple[jax.Array, jax.Array]:
-    """See `Format.step`."""
-    m, u = self.decode(*stored, scales[0], arithmetic(g.dtype))
-    b1, b2, eps = constants
-    b1, b2, eps = cast(b1, m.dtype), cast(b2, u.dtype), cast(eps, u.dtype)
-    m, u = next_moments(g.astype(m.dtype), m, u, b1=b1, b2=b2, eps=eps)
-    return self.encode(m, u, scales[1], noise)
+        m, u = self.decode(*stored, scales[0], arithmetic(g.dtype))
+        b1, b2, eps = constants
+        constants = Constants(cast(b1, m.dtype), cast(b2, u.dtype), cast(eps, u.dtype))
+        m, u = next_moments(g.astype(m.dtype), m, u, constants)
+        return self.encode(m, u, scales[1], noise)
 
 
 @dataclass(frozen=True)
-class Wide:
-    """As they are: float32, float64 for 64-bit parameters, the first moment complex for complex."""
-
-    name: ClassVar[str | None] = None
-    eps_range: ClassVar[tuple[float, float]] = (0.0, np.inf)
-    has_scale: ClassVar[bool] = False
-    is_noisy: ClassVar[bool] = False
-
-    def dtypes(self, dtype: Any) -> tuple[Any, Any]:
-        """See `Format`."""
-        norm = arithmetic(dtype)
-        if jnp.issubdtype(dtype, jnp.complexfloating):
-            return (jnp.complex128 if norm == jnp.float64 else jnp.complex64), norm
-        return norm, norm
-
-    def rescale(self, scale: jax.Array, eps: jax.Array) -> jax.Array | None:
-        """See `Format`."""
-        del scale, eps
-
-    def encode(
-        self, m: jax.Array, u: jax.Array, scale: jax.Array | None, noise: Any
-    ) -> tuple[jax.Array, jax.Array]:
-        """See `Format`."""
-        del scale, noise
-        return m, u
-
-    def decode(
-        self, mu: jax.Array, nu: jax.Array, scale: jax.Array | None, dtype: Any
-    ) -> tuple[jax.Array, jax.Array]:
-        """See `Format`."""
-        del scale, dtype
-        return mu, nu
-
-    def ratio(self, mu: jax.Array, nu: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array:
-        """See `Format`."""
-        del scale, dtype
-        return mu / nu.astype(mu.dtype)
-
-    def saturated(self, mu: jax.Array, nu: jax.Array) -> dict[str, jax.Array]:
-        """See `Format`."""
-        del mu, nu
-        return {}
-
-    step = _step_decoded
-
-
-@dataclass(frozen=True)
-class BFloat16:
+class BFloat16(Format):
     """4 bytes a parameter: bfloat16 `m`, and `w` in bfloat16 with `u = scale w`, 1/2 < scale <= 1.
 
     When the scale crosses 1/2, every w halves, which is exact. `m` is rounded at random: to the
@@ -181,7 +133,6 @@ class BFloat16:
     """
 
     name: ClassVar[str | None] = "bfloat16"
-    eps_range: ClassVar[tuple[float, float]] = (0.0, np.inf)
     has_scale: ClassVar[bool] = True
     is_noisy: ClassVar[bool] = True
 
@@ -193,41 +144,32 @@ class BFloat16:
     def rescale(self, scale: jax.Array, eps: jax.Array) -> jax.Array | None:
         """See `Format`."""
         del eps
-        fraction, _ = jnp.frexp(scale)  # in [1/2, 1)
-        fraction = jnp.where(fraction == 0.5, 1.0, fraction)
-        return jnp.where((fraction > 0) & jnp.isfinite(scale), fraction, 1.0)
+        fixed = lax.stop_gradient(jnp.where(scale == 0, 1.0, scale))
+        fraction, _ = jnp.frexp(fixed)  # in [1/2, 1)
+        # A product with a power of two, so that it has the derivative of one.
+        moved = scale * (jnp.where(fraction == 0.5, 1.0, fraction) / fixed)
+        return jnp.where(scale == 0, 1.0, moved)
 
     @partial(jax.jit, static_argnums=0)
-    def encode(
-        self, m: jax.Array, u: jax.Array, scale: Any, noise: Any
-    ) -> tuple[jax.Array, jax.Array]:
+    def encode(self, m: jax.Array, u: jax.Array, scale: Any, noise: Any) -> tuple[Any, Any]:
         """See `Format`."""
         # A quarter of the largest number: 1 / scale may double it, and rounding adds to that.
         m, u = (_clip_finite(x, 2.0**126).astype(jnp.float32) for x in (m, u))
-        return round_to_bfloat16(m, noise), (u * (1 / scale)).astype(jnp.bfloat16)
+        w = (u * (1 / scale)).astype(jnp.bfloat16)
+        # What makes `scale w` have the derivative of u, also with respect to the scale.
+        exact = (u - lax.stop_gradient(w.astype(jnp.float32)) * scale) / lax.stop_gradient(scale)
+        return round_to_bfloat16(m, noise), straight_through(exact, w)
 
     @partial(jax.jit, static_argnums=(0, 4))
-    def decode(
-        self, mu: jax.Array, nu: jax.Array, scale: Any, dtype: Any
-    ) -> tuple[jax.Array, jax.Array]:
-        """See `Format`."""
+    def decode(self, mu: jax.Array, nu: jax.Array, scale: Any, dtype: Any) -> tuple[Any, Any]:
+        """See `Format`. A scale of another format, or none at all, makes the norm NaN."""
+        is_scale = ((scale > 0.5) & (scale <= 1)) | (scale == 0)
+        scale = jnp.where(is_scale, scale, jnp.nan)
         return mu.astype(dtype), (nu.astype(jnp.float32) * scale).astype(dtype)
-
-    def ratio(self, mu: jax.Array, nu: jax.Array, scale: Any, dtype: Any) -> jax.Array:
-        """See `Format`."""
-        m, u = self.decode(mu, nu, scale, dtype)
-        return m / u
-
-    def saturated(self, mu: jax.Array, nu: jax.Array) -> dict[str, jax.Array]:
-        """See `Format`."""
-        del mu, nu
-        return {}
-
-    step = _step_decoded
 
 
 @dataclass(frozen=True)
-class Logarithmic:
+class Logarithmic(Format):
     """2 bytes a parameter: `nu` on a logarithmic grid, `mu` as the ratio of the two moments.
 
     - `nu`, uint8, a code c: `u = scale 2^(c / levels)`, with the scale within half a level of eps.
@@ -259,9 +201,7 @@ class Logarithmic:
         return jnp.where((scale > 0) & (moved > 0) & (moved < jnp.inf), moved, eps)
 
     @partial(jax.jit, static_argnums=0)
-    def encode(
-        self, m: jax.Array, u: jax.Array, scale: Any, noise: Any
-    ) -> tuple[jax.Array, jax.Array]:
+    def encode(self, m: jax.Array, u: jax.Array, scale: Any, noise: Any) -> tuple[Any, Any]:
         """See `Format`."""
         if m.dtype == jnp.float64:
             m, u = (_clip_finite(x, 2.0**126) for x in (m, u))
@@ -269,12 +209,11 @@ class Logarithmic:
         nu = self._level(u * self._unit(scale)).astype(jnp.uint8)
         ratio = m / (jnp.exp2(nu.astype(jnp.float32) / self.levels) * scale)
         mu = self._compress(ratio * np.float32(127**2 / self.peak), noise)
-        return jnp.where(jnp.isfinite(m), mu, -128).astype(jnp.int8), nu
+        codes = jnp.where(jnp.isfinite(m), mu, -128).astype(jnp.int8), nu
+        return without_derivatives(codes, (m, u, scale))
 
     @partial(jax.jit, static_argnums=(0, 4))
-    def decode(
-        self, mu: jax.Array, nu: jax.Array, scale: Any, dtype: Any
-    ) -> tuple[jax.Array, jax.Array]:
+    def decode(self, mu: jax.Array, nu: jax.Array, scale: Any, dtype: Any) -> tuple[Any, Any]:
         """See `Format`."""
         u = (jnp.exp2(nu.astype(jnp.float32) / self.levels) * scale).astype(dtype)
         return self.ratio(mu, nu, scale, dtype) * u, u
@@ -302,7 +241,7 @@ class Logarithmic:
         A gradient above the range of norms counts as the largest in range.
         """
         (mu, nu), (scale, new_scale) = stored, scales
-        b1, b2, eps = (cast(x, jnp.float32) for x in constants)
+        b1, b2, eps = cast(constants, jnp.float32)
         if g.dtype == jnp.float64:
             g = _clip_finite(g, 2.0**126)
         g = g.astype(jnp.float32)
@@ -310,7 +249,7 @@ class Logarithmic:
         # rise where eps is lowered.
         left = shrink(b2, scale)
         fall = jnp.round(self.levels * jnp.log2(new_scale / left))
-        fall = jnp.clip(fall.astype(jnp.int32), -1000, 255)
+        fall = jnp.clip(fall, -1000, 255).astype(jnp.int32)
         fallen = jnp.minimum(nu.astype(jnp.int32) - fall, 255)
         size, unit = jnp.abs(g), self._unit(new_scale)
         level = self._level(size * unit + eps * unit)
@@ -326,9 +265,9 @@ class Logarithmic:
         kept = next_first_moment(zero, since, b1)
         m = clipped * weight * self._power(-fallen) + self._square(mu) * kept
         m = m * self._power(fallen - risen)
-        # A scale that is not positive says nothing of the moments. Nor does a wrong b1, b2, traced:
-        # within these bounds m is finite.
-        is_valid = (left >= 0) & (since > 0) & (jnp.abs(kept) < 1e33)
+        # A negative scale means that the state is corrupt. Traced b1 and b2 cannot be validated, so
+        # they are bounded here to keep m finite.
+        is_valid = (left >= 0) & (since >= 0) & (jnp.abs(kept) < 1e33)
         is_valid &= jnp.abs(largest * weight) < 1e24
         is_finite = size < jnp.where(is_valid, jnp.inf, 0.0)
         code = jnp.where(is_finite, self._compress(m, noise), -128)
@@ -336,7 +275,8 @@ class Logarithmic:
 
         # The new `nu` comes after `mu`, which reads the old one, so that it may take its place. A
         # compiler with a loop for each result computes `risen` twice. See `benchmarks/NOTES.md`.
-        return new_mu, jnp.where(new_mu == -128, np.asarray(255, nu.dtype), risen.astype(nu.dtype))
+        new_nu = jnp.where(new_mu == -128, np.asarray(255, nu.dtype), risen.astype(nu.dtype))
+        return without_derivatives((new_mu, new_nu), (g, scales, constants))
 
     def _unit(self, scale: Any) -> jax.Array:
         """What a norm is multiplied by for `_level`."""
@@ -383,7 +323,7 @@ class Logarithmic:
         return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-WIDE = Wide()
+WIDE = Format()
 FORMATS: tuple[Format, ...] = (WIDE, BFloat16(), Logarithmic())
 
 
@@ -442,7 +382,8 @@ def round_to_bfloat16(x: jax.Array, noise: Any) -> jax.Array:
     high = (bits >> 16).astype(jnp.uint16)
     rounded = lax.bitcast_convert_type(high, jnp.bfloat16)
     # The noise would carry some NaN over to zero, and the largest numbers to inf.
-    return jnp.where(jnp.isfinite(x) & jnp.isfinite(rounded), rounded, x.astype(jnp.bfloat16))
+    is_finite = jnp.isfinite(x) & jnp.isfinite(rounded)
+    return straight_through(x, jnp.where(is_finite, rounded, x.astype(jnp.bfloat16)))
 
 
 def _clip_finite(x: jax.Array, limit: float) -> jax.Array:

@@ -29,18 +29,19 @@ _ALLOWED: dict[str, tuple[str, Callable[[np.float32], Any]]] = {
 }
 
 
-def checked(name: str, value: Any) -> Scalar:
+def checked(name: str, value: Any, label: str = "") -> Scalar:
     """Returns `value` as a Python float or a scalar array, or refuses it.
 
     Args:
         name: the hyperparameter's name.
         value: a number, a NumPy scalar or array, or a JAX array (traced too) of shape ().
+        label: what the errors call it, if not by its name.
 
     Raises:
         TypeError: it is none of these, or its dtype is complex, boolean or narrower than float32.
         ValueError: its shape is not (), or it is out of bounds (not checked where traced).
     """
-    scalar = as_scalar(name, value, _INJECTED)
+    scalar = as_scalar(label or name, value, "" if label else _INJECTED)
     if isinstance(scalar, Tracer):
         return scalar
     allowed, is_allowed = _ALLOWED[name]
@@ -49,7 +50,11 @@ def checked(name: str, value: Any) -> Scalar:
         rounded = np.float32(known)
     # What is so little below 0 is 0 in float32, and has no logarithm.
     if not is_allowed(rounded) or known < 0:
-        raise ValueError(f"{name} must satisfy {allowed} in float32, got {value!r}")
+        ascent = "; for gradient ascent, chain optax.scale(-1.) before the optimizer"
+        raise ValueError(
+            f"{label or name} must satisfy {allowed} in float32, got {value!r}"
+            + (ascent if name == "learning_rate" else "")
+        )
     return scalar
 
 
@@ -62,9 +67,9 @@ def at(name: str, value: Any, count: jax.Array) -> Scalar:
     """The value of a number, an array or a schedule after `count` updates (0 before the first).
 
     Raises:
-        TypeError, ValueError: a schedule returned something other than a real scalar.
+        TypeError, ValueError: what a schedule returned is refused as that value alone would be.
     """
-    return as_scalar(f"{name}(count)", value(count)) if callable(value) else value
+    return checked(name, value(count), f"{name}(count)") if callable(value) else value
 
 
 def as_scalar(name: str, value: Any, hint: str = "") -> Scalar:

@@ -4,7 +4,7 @@ import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from adamaxw._formats import FORMATS, Format
-from adamaxw._rounding import ParamRounding, Rounding
+from adamaxw._rounding import NEAREST, ParamRounding, Rounding
 
 
 @jax.tree_util.register_dataclass
@@ -24,7 +24,7 @@ class Leaf:
         g: gradient, an array, or None.
         mu: stored first moment; any subtree where the gradient is None.
         nu: stored infinity norm; likewise.
-        residual: what the rounding keeps; likewise, or None.
+        residual: what the rounding keeps; likewise. None where the tree has none.
         p: parameter; any subtree where the gradient is None, and None where params were not given.
         decays: whether the parameter decays.
         rounding: how its new value is rounded, a `Rounding`; None where it does not train.
@@ -39,7 +39,7 @@ class Leaf:
     rounding: Any = field(metadata={"static": True})
 
 
-def zeros(params: Any, fmt: Format, param_rounding: ParamRounding) -> tuple[Any, Any, Any]:
+def zeros(params: Any, fmt: Format, param_rounding: ParamRounding) -> list[Any]:
     """Moments and residuals before the first step, with the shapes and shardings of `params`.
 
     Args:
@@ -48,60 +48,62 @@ def zeros(params: Any, fmt: Format, param_rounding: ParamRounding) -> tuple[Any,
         param_rounding: how parameters are rounded.
 
     Returns:
-        `(mu, nu, residual)`: trees in the structure of params, zeros in the dtypes of the format;
-        zeros of their own dtype for integer and boolean parameters; a residual of None where the
-        rounding keeps none, and for the whole tree where it never does.
+        `[mu, nu, residual]`: trees in the structure of params, zeros in the dtypes of the format;
+        zeros of their own dtype for integer and boolean parameters. No tree of residuals, but None,
+        where there are parameters and none has one; else int8 stands beside those without.
 
     Raises:
         TypeError: a leaf is no array of numbers, or the format or rounding does not fit it.
     """
-
-    def place(path: jax.tree_util.KeyPath, p: Any) -> _Slots:
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    rows = []
+    for path, p in leaves:
         p = as_array(p)
-        name = f"params{jax.tree_util.keystr(path)}"
-        if _kind(p) is None:
-            raise TypeError(
-                f"{name} must be an array of numbers, got {describe(p)}; filter such leaves out, "
-                "with None in their place"
-            )
-        dtype = jax.dtypes.canonicalize_dtype(p.dtype)
-        if _kind(p) == "integer":
-            return _Slots(jnp.zeros_like(p, dtype=dtype), jnp.zeros_like(p, dtype=dtype), None)
-        dtypes = fmt.dtypes(dtype)
-        if dtypes is None:
-            raise TypeError(
-                f"{name} is {dtype}, which moment_dtype={fmt.name} cannot hold: pass "
-                "moment_dtype=None, with optax.partition for this parameter alone"
-            )
-        rounding = param_rounding.of(dtype)
-        if rounding is None:
-            raise _not_rounded(name, param_rounding, dtype)
-        kept = rounding.residual_dtype
-        residual = None if kept is None else jnp.zeros_like(p, dtype=kept)
-        mu, nu = (jnp.zeros_like(p, dtype=d) for d in dtypes)
-        return _Slots(mu, nu, residual)
-
-    slots = jax.tree_util.tree_map_with_path(place, params)
-
-    residual = _column(slots, 2) if param_rounding.has_residual else None
-    return _column(slots, 0), _column(slots, 1), residual
+        dtypes = _state_dtypes(f"params{jax.tree_util.keystr(path)}", p, fmt, param_rounding)
+        rows.append([jnp.zeros_like(p, dtype=dtype) for dtype in dtypes])
+    mu, nu, residual = columns(treedef, rows, 3)
+    has_residual = param_rounding.has_residual and (
+        not rows or any(row[2].dtype != NEAREST.residual_dtype for row in rows)
+    )
+    return [mu, nu, residual if has_residual else None]
 
 
-class _Slots(NamedTuple):
-    mu: Any
-    nu: Any
-    residual: Any
+def _state_dtypes(name: str, p: Any, fmt: Format, param_rounding: ParamRounding) -> tuple[Any, ...]:
+    """Dtypes of `mu`, `nu` and the residual beside a parameter."""
+    if _kind(p) is None:
+        raise TypeError(
+            f"{name} must be an array of numbers, got {describe(p)}; filter such leaves out, with "
+            "None in their place"
+        )
+    dtype = jax.dtypes.canonicalize_dtype(p.dtype)
+    if _kind(p) == "integer":
+        return dtype, dtype, NEAREST.residual_dtype
+    dtypes = fmt.dtypes(dtype)
+    if dtypes is None:
+        raise TypeError(
+            f"{name} is {dtype}, which moment_dtype={fmt.name} cannot hold: wrap the optimizer in "
+            "optax.contrib.split_real_and_imaginary, or pass moment_dtype=None, with "
+            "optax.partition for this parameter alone"
+        )
+    rounding = param_rounding.of(dtype)
+    if rounding is None:
+        raise _not_rounded(name, param_rounding, dtype)
+    return *dtypes, rounding.residual_dtype
 
 
-def _column(slots: Any, i: int) -> Any:
-    return jax.tree.map(lambda slot: slot[i], slots, is_leaf=lambda x: isinstance(x, _Slots))
+def columns(treedef: Any, rows: list[Any], number: int) -> list[Any]:
+    """Trees of the first, second ... of each row. Nothing but these ever goes into their nodes.
+
+    A class of the user may look at what it is given, and arrays are all that it expects.
+    """
+    return [treedef.unflatten([row[i] for row in rows]) for i in range(number)]
 
 
 def side_by_side(
     updates: Any,
     moments: tuple[Any, Any, Any],
     params: Any,
-    decays: Any,
+    decays: tuple[bool, ...],
     fmt: Format,
     param_rounding: ParamRounding,
 ) -> tuple[Any, list[Leaf]]:
@@ -111,7 +113,7 @@ def side_by_side(
         updates: the gradients; a None in them is a leaf.
         moments: `(mu, nu, residual)` of the state, as `zeros` made them.
         params: the parameters, or None: not needed.
-        decays: which of them decay, a tree of booleans in the structure of params or one for all.
+        decays: which leaves of params decay.
         fmt: how moments are stored.
         param_rounding: how parameters are rounded.
 
@@ -129,11 +131,7 @@ def side_by_side(
     gradients, treedef = jax.tree.flatten(updates, is_leaf=_is_none)
 
     def leaves(name: str, tree: Any) -> list[Any]:
-        try:
-            return treedef.flatten_up_to(tree)
-        except ValueError:
-            broadcast("gradients", updates, name, tree, is_leaf=_is_none)
-            raise
+        return check_prefix("gradients", updates, name, tree, _is_none)
 
     none = [None] * len(gradients)
     columns = (
@@ -141,15 +139,19 @@ def side_by_side(
         leaves("state.nu", nu),
         none if residual is None else leaves("state.residual", residual),
         none if params is None else leaves("params", params),
-        [decays] * len(gradients) if isinstance(decays, bool) else leaves("mask", decays),
     )
+    flags = iter(decays)
     rows = []
-    for index, (g, m, u, r, p, decay) in enumerate(zip(gradients, *columns, strict=True)):
+    for index, (g, m, u, r, p) in enumerate(zip(gradients, *columns, strict=True)):
+        # Where the gradient is None, params may have a subtree.
+        decay = sum(next(flags) for _ in jax.tree.leaves(p)) > 0
         if g is None:
             rows.append(Leaf(g, m, u, r, p, decay, None))
             continue
         g, p = as_array(g), as_array(p)
         kind = _stored_kind(m, u, fmt)
+        if kind == "integer" and params is not None and _kind(p) in ("real", "complex"):
+            kind = None
         if kind is not None and not _fits(g, m, kind):
             raise _misfit("gradients", updates, index, g, m, kind)
         if kind is not None and params is not None and not _fits(p, m, kind):
@@ -163,11 +165,8 @@ def side_by_side(
             how = param_rounding.of(dtype)
             if how is None:
                 raise _not_rounded(f"params{_path(updates, index)}", param_rounding, dtype)
-            if how.residual_dtype is None:
-                fits = r is None
-            else:
-                fits = _kind(r) and r.dtype == how.residual_dtype and r.shape == m.shape
-            if not fits:
+            fits = is_array(r, how.residual_dtype, m.shape)
+            if not fits and (r is not None or how.residual_dtype != NEAREST.residual_dtype):
                 raise _misfit_residual(updates, index, p, r, how)
         rows.append(Leaf(g, m, u, r, p, decay, how))
     return treedef, rows
@@ -185,8 +184,10 @@ def map_moments(function: Callable[[Any, Any, Any], tuple[Any, Any]], mu: Any, n
         ValueError: the trees differ.
         TypeError: a leaf is no array of numbers.
     """
-
-    def pair(path: jax.tree_util.KeyPath, m: Any, u: Any) -> _Slots:
+    check_structures("mu", mu, "nu", nu)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(mu)
+    rows = []
+    for (path, m), u in zip(leaves, jax.tree.leaves(nu), strict=True):
         m, u = as_array(m), as_array(u)
         name = jax.tree_util.keystr(path)
         if _kind(m) is None or _kind(u) is None:
@@ -195,11 +196,8 @@ def map_moments(function: Callable[[Any, Any, Any], tuple[Any, Any]], mu: Any, n
             )
         if m.shape != u.shape:
             raise ValueError(f"mu{name} has shape {m.shape}, nu{name} has {u.shape}")
-        return _Slots(*(function(path, m, u) if trains(m, u) else (m, u)), None)
-
-    check_structures("mu", mu, "nu", nu)
-    slots = jax.tree_util.tree_map_with_path(pair, mu, nu)
-    return tuple(_column(slots, i) for i in range(2))
+        rows.append(function(path, m, u) if trains(m, u) else (m, u))
+    return columns(treedef, rows, 2)
 
 
 def trains(mu: Any, nu: Any) -> bool:
@@ -220,34 +218,26 @@ def format_of(path: Any, mu: Any, nu: Any, nu_scale: Any) -> Format:
         TypeError: it is none; names the path.
     """
     fmt = stored_format(mu, nu)
-    if fmt is None or fmt.has_scale != is_float32_scalar(nu_scale):
+    if fmt is None or fmt.has_scale != is_array(nu_scale, jnp.float32):
         name = jax.tree_util.keystr(path)
+        hint = ". The state of a vmapped optimizer wants jax.vmap here, too"
         raise TypeError(
             f"state.mu{name} and state.nu{name} are no moments of any format, with nu_scale "
             f"{describe(nu_scale)}: {describe(mu)} and {describe(nu)}"
+            + (hint if getattr(nu_scale, "ndim", 0) else "")
         )
     return fmt
 
 
-def is_scalar(x: Any, *dtypes: Any) -> bool:
-    """Whether `x` is an array of numbers of shape (), in one of some dtypes."""
-    return _kind(x) is not None and x.shape == () and x.dtype in dtypes
-
-
-def is_float32_scalar(x: Any) -> bool:
-    """Whether `x` is an array of dtype float32 and shape ()."""
-    return is_scalar(x, jnp.float32)
+def is_array(x: Any, dtype: Any, shape: tuple[int, ...] = ()) -> bool:
+    """Whether `x` is an array of this dtype and shape."""
+    return _kind(x) is not None and x.dtype == dtype and x.shape == shape
 
 
 def is_integer(x: Any) -> bool:
     """Whether `x` is an integer, of Python or an array of shape ()."""
     is_number = isinstance(x, int) or (_kind(x) is not None and x.shape == ())
     return is_number and (isinstance(x, int) or jnp.issubdtype(x.dtype, jnp.integer))
-
-
-def is_int(x: Any) -> bool:
-    """Whether `x` is an integer of Python or a scalar of NumPy, to which a timedelta64 is one."""
-    return isinstance(x, (int, np.integer)) and not isinstance(x, np.timedelta64)
 
 
 def check_count(name: str, count: Any) -> None:
@@ -287,22 +277,26 @@ def inexact(tree: Any) -> list[Any]:
     return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
 
-def broadcast(
+def check_prefix(
     prefix_name: str,
     prefix: Any,
     name: str,
     tree: Any,
     is_leaf: Callable[[Any], bool] | None = None,
-) -> Any:
-    """`jax.tree.broadcast` with an error that names both trees.
+) -> list[Any]:
+    """The subtrees of a tree below the leaves of a prefix of it.
 
     Raises:
-        ValueError: `prefix` is no prefix of `tree`; names the path.
+        ValueError: `prefix` is no prefix of `tree`; names both, and the path.
     """
     try:
-        return jax.tree.broadcast(prefix, tree, is_leaf=is_leaf)
+        return jax.tree.structure(prefix, is_leaf=is_leaf).flatten_up_to(tree)
     except ValueError as error:
-        where = str(error).replace("broadcast_prefix prefix_tree", prefix_name)
+        where = str(error)
+        try:
+            jax.tree.broadcast(prefix, tree, is_leaf=is_leaf)
+        except ValueError as told:  # with the path
+            where = str(told).replace("broadcast_prefix prefix_tree", prefix_name)
         raise ValueError(f"{prefix_name} and {name} differ in structure: {where}") from None
 
 
@@ -318,8 +312,8 @@ def check_structures(
     Raises:
         ValueError: they do; names both, and the path.
     """
-    broadcast(name, tree, other_name, other, is_leaf)
-    broadcast(other_name, other, name, tree, is_leaf)
+    check_prefix(name, tree, other_name, other, is_leaf)
+    check_prefix(other_name, other, name, tree, is_leaf)
 
 
 def describe(x: Any) -> str:
@@ -350,10 +344,12 @@ def _spoiled(updates: Any, index: int, g: Any, m: Any, u: Any, fmt: Format) -> E
     is_inexact = _kind(g) in ("real", "complex")
     dtypes = (fmt.dtypes(g.dtype) if is_inexact else None) or fmt.dtypes(jnp.float32)
     expected = " and ".join(str(jnp.dtype(dtype)) for dtype in dtypes or ())
+    hint = "A state made with another moment_dtype is converted by adamaxw.moments.convert"
+    if isinstance(getattr(m, "dtype", None), np.dtype) and m.dtype.type is np.void:
+        hint = "np.savez forgets bfloat16: array.view(ml_dtypes.bfloat16) gives it back"
     return TypeError(
         f"state.mu{path} and state.nu{path} must be as init makes them, {expected} of shape "
-        f"{g.shape}, got {describe(m)} and {describe(u)}. A state made with another moment_dtype "
-        "is converted by adamaxw.moments.convert"
+        f"{g.shape}, got {describe(m)} and {describe(u)}. {hint}"
     )
 
 
@@ -366,17 +362,18 @@ def _not_rounded(name: str, param_rounding: ParamRounding, dtype: Any) -> Except
 
 def _misfit_residual(updates: Any, index: int, p: Any, residual: Any, how: Rounding) -> Exception:
     path = _path(updates, index)
-    if how.residual_dtype is None and p is None:
+    if how.residual_dtype == NEAREST.residual_dtype and p is None:
         return TypeError(
             f'state.residual{path} belongs to another param_rounding, such as "exact": use that, '
             "or state._replace(residual=None)"
         )
-    if how.residual_dtype is None:
+    if how.residual_dtype == NEAREST.residual_dtype:
         return TypeError(
             f"params{path} came as {describe(p)}, but its state has a residual, as "
             'param_rounding="exact" keeps for bfloat16: what applied the updates must keep the '
-            "dtype, as optax.apply_updates does, and the optimizer must be the one that made the "
-            "state, or state._replace(residual=None)"
+            "dtype, as optax.apply_updates does; where it is not yours to change, as in flowjax "
+            'and optimistix, use "stochastic". Another optimizer than the one that made the state '
+            "wants state._replace(residual=None)"
         )
     return TypeError(
         f"state.residual{path} must be {jnp.dtype(how.residual_dtype)} of shape {jnp.shape(p)}, "

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from adamaxw._leaves import broadcast, describe
+from adamaxw._leaves import check_prefix, describe
 from adamaxw._paths import pure
 
 _INJECTED = (
@@ -37,8 +37,8 @@ def refuse_called_mask(mask: Any, hyperparameters: tuple[Any, ...]) -> None:
         )
 
 
-def resolve_mask(mask: Any, params: optax.Params) -> Any:
-    """Which leaves decay: True for all, or a tree in the structure of `params` with a bool each.
+def resolve_mask(mask: Any, params: optax.Params) -> tuple[bool, ...]:
+    """Which leaves of `params` decay, one boolean for each.
 
     Args:
         mask: None (all decay), a tree of booleans that has the structure of params or is a prefix
@@ -50,15 +50,18 @@ def resolve_mask(mask: Any, params: optax.Params) -> Any:
         ValueError: the mask is no prefix of params.
     """
     if mask is None:
-        return True
+        mask = True
+    if hasattr(mask, "choose"):  # one of `masks`, which need no tree
+        return tuple(mask.choose(params))
     # A module with a __call__ can also be the tree: then it has boolean leaves.
     if callable(mask) and not any(map(_is_boolean, jax.tree.leaves(mask))):
         mask = mask(params)
     # Flax NNX gives params with Variables to init and without them to update.
-    mask = pure(mask)
-    booleans = jax.tree_util.tree_map_with_path(_as_bool, mask)
-    decays = broadcast("mask", booleans, "params", pure(params))
-    return jax.tree.structure(params).unflatten(jax.tree.leaves(decays))
+    mask, params = pure(mask), pure(params)
+    booleans = [_as_bool(*row) for row in jax.tree_util.tree_leaves_with_path(mask)]
+    subtrees = check_prefix("mask", mask, "params", params)
+    sizes = [len(jax.tree.leaves(subtree)) for subtree in subtrees]
+    return tuple(x for x, size in zip(booleans, sizes, strict=True) for _ in range(size))
 
 
 def _is_boolean(leaf: Any) -> bool:

@@ -7,13 +7,14 @@ from itertools import repeat
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
 
 from adamaxw import _formats, _hyperparameters, _leaves, _masking, _places, _rounding
-from adamaxw._rule import Constants, Scalar, bias_correction, cast, next_step, shrink
+from adamaxw._rule import Constants, Decay, Scalar, bias_correction, cast, next_step, shrink
 
 # Outside jit, larger trees go leaf by leaf if their moments are rounded at random: XLA's time and
 # memory to compile grow with the square of the operations, to minutes and 20 GB for 2,566 leaves.
@@ -32,7 +33,9 @@ class AdamaxState(NamedTuple):
         nu: infinity norms, like `mu`, but real for complex parameters; bfloat16, or uint8 codes.
         nu_scale: float32 scalar, the unit of `nu` in the whole tree; None with `moment_dtype=None`.
         residual: with `param_rounding="exact"` a tree like params: int16 beside each bfloat16
-            parameter, None beside the others. Else None.
+            parameter, zeros of int8 beside the others. None where it would have no int16.
+        seed: uint32 scalar, of which the noise of this run is made, a hash of the parameters at
+            `init`; None where nothing is rounded at random. Other values give other noise.
 
     `adamaxw.moments.unpack` reads the moments, `adamaxw.moments.master_params` the parameters.
     """
@@ -42,6 +45,11 @@ class AdamaxState(NamedTuple):
     nu: Any
     nu_scale: Any = None
     residual: Any = None
+    seed: Any = None
+
+
+# So that `jax.export` can write a compiled step that takes a state.
+jax.export.register_namedtuple_serialization(AdamaxState, serialized_name="adamaxw.AdamaxState")
 
 
 def adamaxw(
@@ -82,9 +90,10 @@ def adamaxw(
             has made of a function, and is refused.
         moment_dtype: how the moments are stored between steps. None: in the dtype of the
             arithmetic, 8 bytes a float32 parameter. "bfloat16" or the dtype: 4 bytes. "uint8" or
-            the dtype: 2 bytes, the norm within 5.9% (1/12 of an octave) of the exact one for ever,
-            up to `eps * 2**42.5`; for b1 up to about 0.95 and eps from 1e-10 to 1e25. Only real
-            parameters, with the last two; their steps are those of the moments as they are stored.
+            the dtype: 2 bytes, the norm within 5.9% (1/12 of an octave) of the exact one however
+            many steps, up to `eps * 2**42.5`; for b1 up to about 0.95, b2 from 0.98 and eps from
+            1e-10 to 1e25. Only real parameters, with the last two; their steps are those of the
+            moments as they are stored.
         param_rounding: how the new value of a bfloat16 or float16 parameter is rounded, which
             `optax.apply_updates` does. "nearest": steps below 1/512 of a bfloat16 parameter are
             lost. "stochastic": to one of the two neighbours at random, so that the mean is right;
@@ -207,9 +216,7 @@ def _transformation(
     fmt = _formats.named(moment_dtype)
     eps = _hyperparameters.checked("eps", eps)
     _formats.check_eps(fmt, eps)
-    constants, numbers = Constants(b1, b2, eps), None
-    if all(isinstance(x, float) for x in constants):
-        constants, numbers = None, constants
+    constants = Constants(Decay.of(b1), Decay.of(b2), eps)
     rounding = _rounding.named(param_rounding)
 
     def init(params: optax.Params) -> Any:
@@ -217,13 +224,15 @@ def _transformation(
         # A tree without leaves is also what optax.tree.map_params puts here: no mask fits that.
         if decay is not None and jax.tree.leaves(params):
             _masking.resolve_mask(mask, params)
-        place = _places.scalar_sharding(params)
+        place = _places.scalar_sharding(params, fmt.has_scale)
         count = jnp.zeros((), jnp.int32, device=place)
-        unit = jnp.asarray(eps, jnp.float32)
-        nu_scale = fmt.rescale(unit, unit)
-        if nu_scale is not None and place is not None:
-            nu_scale = jax.device_put(nu_scale, place)
-        return AdamaxState(count, mu, nu, nu_scale, residual)
+        nu_scale = _unit(fmt, eps)
+        if nu_scale is not None:
+            nu_scale += jnp.zeros((), jnp.float32, device=place)
+        seed = None
+        if fmt.is_noisy or rounding.is_noisy:
+            seed = _rounding.seed_of(params) + jnp.zeros((), jnp.uint32, device=place)
+        return AdamaxState(count, mu, nu, nu_scale, residual, seed)
 
     # Whether some tree had no place for a single call: then places are looked at before another.
     looks = False
@@ -236,17 +245,18 @@ def _transformation(
     ) -> tuple[Any, Any]:
         nonlocal looks
         del extra_args
-        _check(state, fmt)
+        state = _checked(state, fmt)
+        decays = ()
         if decay is None and not rounding.needs_params:
-            params, decays = None, False
+            params = None
         elif params is None:
             why = "adamaxw decays" if decay else f'param_rounding="{rounding.name}" rounds'
             raise ValueError(f"{why} the params: call update(gradients, state, params)")
         else:
-            decays = decay is not None and _masking.resolve_mask(mask, params)
+            decays = _masking.resolve_mask(False if decay is None else mask, params)
         lr = _hyperparameters.at("learning_rate", learning_rate, state.count)
         wd = 0.0 if decay is None else decay(lr, state.count)
-        settings = _Settings(fmt, rounding, numbers, _Mask.of(decays))
+        settings = _Settings(fmt, rounding, decays)
         # Without jit: one compiled call for the tree. It takes all that it is given to one place,
         # so it is not given leaves without a gradient, which may belong elsewhere.
         treedef = jax.tree.structure(updates)
@@ -255,9 +265,9 @@ def _transformation(
         tries = trains_all and compiles and not isinstance(state.count, Tracer)
         if tries and (not looks or _places.lie_together((updates, state, params))):
             try:
-                wide = jnp.result_type(float)
-                scalars = (_on_device(x, wide) if isinstance(x, float) else x for x in (lr, wd))
-                return _update_in_one_call(updates, state, params, *scalars, constants, settings)
+                # As arguments, not as constants of the program: others need no other program.
+                scalars = jax.tree.map(_on_device, (lr, wd, constants))
+                return _update_in_one_call(updates, state, params, *scalars, settings)
             except (TypeError, ValueError, OverflowError):
                 # Leaves of several devices or meshes, which only a call for each can take, or wrong
                 # ones, on which the errors of jit say less than ours.
@@ -267,19 +277,22 @@ def _transformation(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check(state: Any, fmt: _formats.Format) -> None:
-    """Refuses what is no state, or one without what belongs to no leaf."""
+def _checked(state: Any, fmt: _formats.Format) -> AdamaxState:
+    """The state; refuses what is none, or one without what belongs to no leaf."""
     if not isinstance(state, AdamaxState):
+        hint = "that of optax.adamaxw is converted by adamaxw.moments.convert"
+        if isinstance(state, (dict, list)):
+            hint = "restore a checkpoint into jax.eval_shape(opt.init, params)"
         raise TypeError(
-            f"state must be the AdamaxState that init returned, got a {type(state).__name__}; that "
-            "of optax.adamaxw is converted by adamaxw.moments.convert"
+            f"state must be the AdamaxState that init returned, got a {type(state).__name__}; "
+            + hint
         )
-    if not _leaves.is_scalar(state.count, jnp.int32, jnp.int64):
-        raise TypeError(
-            f"state.count must be int32 of shape (), got {_leaves.describe(state.count)}"
-        )
-    scale = state.nu_scale
-    fits = _leaves.is_float32_scalar(scale) if fmt.has_scale else scale is None
+    count, scale, seed = state.count, state.nu_scale, state.seed
+    if type(count) is int:  # as optax.tree.set may leave it
+        state = state._replace(count=jnp.asarray(count, jnp.int32))
+    elif not any(_leaves.is_array(count, dtype) for dtype in (jnp.int32, jnp.int64)):
+        raise TypeError(f"state.count must be int32 of shape (), got {_leaves.describe(count)}")
+    fits = _leaves.is_array(scale, jnp.float32) if fmt.has_scale else scale is None
     if not fits:
         expected = "a float32 scalar" if fmt.has_scale else "None"
         raise TypeError(
@@ -287,30 +300,27 @@ def _check(state: Any, fmt: _formats.Format) -> None:
             f"{_leaves.describe(scale)}. A state made with another moment_dtype is converted by "
             "adamaxw.moments.convert"
         )
+    if seed is not None and not _leaves.is_array(seed, jnp.uint32):
+        raise TypeError(f"state.seed must be uint32 of shape (), got {_leaves.describe(seed)}")
+    return state
 
 
-@functools.lru_cache(maxsize=64)
-def _on_device(x: float, dtype: Any) -> jax.Array:
-    """A number as compiled code takes it. Converting two takes half the time of a small step."""
+def _unit(fmt: _formats.Format, eps: Any) -> Any:
+    """The scale of a fresh state. It is a unit alone, so that it is not differentiated."""
+    eps = jax.lax.stop_gradient(jnp.asarray(eps, jnp.float32))
+    return fmt.rescale(eps, eps)
+
+
+def _on_device(x: Scalar) -> Scalar:
+    """A scalar as compiled code takes it."""
+    return _as_array(x, jnp.result_type(float)) if isinstance(x, float) else x
+
+
+@functools.lru_cache(maxsize=64)  # To convert a few takes as long as a small step.
+def _as_array(x: float, dtype: Any) -> jax.Array:
     with jax.ensure_compile_time_eval():
         # Not jnp.asarray, which would tie it to the mesh that is set at the time.
         return jax.device_put(np.asarray(x, dtype))
-
-
-class _Mask(NamedTuple):
-    """A tree of booleans as what can be hashed."""
-
-    treedef: Any
-    leaves: tuple[bool, ...]
-
-    @classmethod
-    def of(cls, tree: Any) -> "_Mask":
-        """The tree is that of `tree()`."""
-        leaves, treedef = jax.tree.flatten(tree)
-        return cls(treedef, tuple(leaves))
-
-    def __call__(self) -> Any:
-        return self.treedef.unflatten(self.leaves)
 
 
 class _Settings(NamedTuple):
@@ -319,14 +329,12 @@ class _Settings(NamedTuple):
     Attributes:
         fmt: how moments are stored.
         rounding: how parameters are rounded.
-        numbers: the constants, where none is an array.
-        decays: which leaves decay.
+        decays: which leaves of params decay; none of none, if they are not needed.
     """
 
     fmt: _formats.Format
     rounding: _rounding.ParamRounding
-    numbers: Constants | None
-    decays: _Mask
+    decays: tuple[bool, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -357,7 +365,7 @@ def _update(
     params: Any,
     lr: Scalar,
     decay: Scalar,
-    constants: Any,
+    constants: Constants,
     settings: _Settings,
 ) -> tuple[Any, AdamaxState]:
     """One step of a tree.
@@ -368,40 +376,40 @@ def _update(
         params: as in `update`; None if they are not needed.
         lr: the learning rate of this step.
         decay: by what part parameters decay.
-        constants: the other hyperparameters; None where `settings` has them.
+        constants: the other hyperparameters.
         settings: see there.
     """
-    fmt, rounding, _, decays = settings
+    fmt, rounding, decays = settings
     moments = state.mu, state.nu, state.residual
-    treedef, leaves = _leaves.side_by_side(updates, moments, params, decays(), fmt, rounding)
+    treedef, leaves = _leaves.side_by_side(updates, moments, params, decays, fmt, rounding)
 
-    constants = settings.numbers or constants
-    b1, b2, eps = constants
     # Constants of NumPy would be computed with by NumPy, and its warnings.
-    before, scale = jax.tree.map(jnp.asarray, (state.count, state.nu_scale))
+    before, scale, seed = jax.tree.map(jnp.asarray, (state.count, state.nu_scale, state.seed))
     count = jnp.minimum(before, 2**31 - 2) + 1  # saturates, does not wrap
     # No state has a count below 0: what came of it would be of the wrong size and sign.
     t = jnp.where(before < 0, jnp.nan, count.astype(jnp.result_type(float)))
-    rate = lr / bias_correction(b1, t)
+    rate = lr / bias_correction(cast(constants.b1, t.dtype), t)
     new_scale = None
     if scale is not None:
-        shrunk = shrink(cast(b2, jnp.float32), scale)
+        eps = constants.eps
+        scale = jnp.where(scale == 0, _unit(fmt, eps), scale)  # a state set to zeros is a fresh one
+        shrunk = shrink(cast(constants.b2, jnp.float32), scale)
         new_scale = fmt.rescale(shrunk, jnp.asarray(eps, jnp.float32))
 
     trained = [leaf for leaf in leaves if leaf.rounding is not None]
     indices, keys = repeat(None), None
     if any(fmt.is_noisy or leaf.rounding.is_noisy for leaf in trained):
         indices = iter(_rounding.leaf_indices(before, len(trained)))
-        keys = _rounding.keys(before, len(trained))
+        keys = _rounding.keys(jnp.uint32(0) if seed is None else seed, before, len(trained))
     step = _Step(keys, (scale, new_scale), rate, decay, constants, fmt)
     rows = [
         _unchanged(leaf) if leaf.rounding is None else _step_leaf(leaf, step, next(indices))
         for leaf in leaves
     ]
-    columns = zip(*rows, strict=True) if rows else ([], [], [], [])
-    updates, mu, nu, residual = (treedef.unflatten(column) for column in columns)
-    residual = None if state.residual is None else residual
-    return updates, AdamaxState(count, mu, nu, new_scale, residual)
+    number = 3 if state.residual is None else 4
+    updates, mu, nu, *rest = _leaves.columns(treedef, rows, number)
+    residual = rest[0] if rest else None
+    return updates, AdamaxState(count, mu, nu, new_scale, residual, state.seed)
 
 
 _update_in_one_call = jax.jit(_update, static_argnames="settings")
@@ -418,7 +426,8 @@ def _step_leaf(
     p = None if leaf.p is None else _places.lie_like(leaf.p, leaf.mu)
     noise = other_noise = None
     if fmt.is_noisy or rounding.is_noisy:
-        noise, other_noise = _rounding.noise(step.keys, index, g.shape)
+        axes = _places.varying_axes(g)
+        noise, other_noise = _rounding.noise(step.keys, index, g.shape, axes)
 
     dtype = _formats.arithmetic(g.dtype)
     mu, nu = fmt.step(g, (leaf.mu, leaf.nu), step.scales, noise, step.constants)

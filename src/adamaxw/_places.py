@@ -3,8 +3,15 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import (
+    AbstractMesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
 
 
 def is_placed(x: Any) -> bool:
@@ -30,13 +37,30 @@ def places(tree: Any) -> set[Sharding | None]:
     return {place(x.sharding) for x in jax.tree.leaves(tree) if is_placed(x)}
 
 
-def scalar_sharding(params: Any) -> Sharding | None:
+def scalar_sharding(params: Any, is_changed: bool) -> Sharding | None:
     """Where a new scalar must lie so that a compiled step leaves it there: no second compilation.
 
     None where there is no one such place, or it cannot be known.
+
+    Args:
+        params: the parameters.
+        is_changed: whether a step computes the scalar anew from leaves of params.
+
+    Raises:
+        ValueError: the scalar is changed, and the params are on several meshes.
     """
-    found = places(params)
-    return found.pop() if len(found) == 1 else None
+    found: dict[Any, Any] = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        for place in places(x):
+            found.setdefault(place, jax.tree_util.keystr(path))
+    meshes = [(p.mesh, path) for p, path in found.items() if isinstance(p, NamedSharding)]
+    if is_changed and len(meshes) > 1:
+        (mesh, path), (other, other_path), *_ = meshes
+        raise ValueError(
+            f"params{path} is on {mesh}, params{other_path} on {other}, and low-precision moments "
+            "have one scale for the tree: give each mesh its own optimizer by optax.partition"
+        )
+    return next(iter(found)) if len(found) == 1 else None
 
 
 def lie_together(tree: Any) -> bool:
@@ -49,6 +73,21 @@ def lie_together(tree: Any) -> bool:
             place = x.sharding
             places.add(place.mesh if isinstance(place, NamedSharding) else place)
     return len(places) <= 1
+
+
+def varying_axes(x: Any) -> tuple[str, ...]:
+    """Inside `jax.shard_map`, the axes along which JAX knows shards to hold different values."""
+    aval = jax.typeof(x)
+    kind = getattr(aval, "manual_axis_type", None)  # `vma` until JAX 0.9
+    return tuple(sorted(getattr(aval, "vma", ()) if kind is None else kind.varying))
+
+
+def concrete(sharding: Any) -> Any:
+    """`sharding` on the mesh that is set, if its own is abstract; the default place if none is."""
+    if not isinstance(getattr(sharding, "mesh", None), AbstractMesh):
+        return sharding
+    place: Any = jnp.zeros((), device=NamedSharding(sharding.mesh, PartitionSpec())).sharding
+    return NamedSharding(place.mesh, sharding.spec) if hasattr(place, "mesh") else place
 
 
 def lie_like(x: Any, *others: Any) -> Any:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamaxw import _formats, _leaves, _paths
+from adamaxw import _formats, _leaves, _paths, _places
 
 
 def read(
@@ -47,7 +47,7 @@ def read(
             dtypes = _formats.WIDE.dtypes(leaf.dtype) if trains else (leaf.dtype,) * 2
             moments.append([_place(np.zeros(leaf.shape, dtype), leaf) for dtype in dtypes])
             continue
-        if not isinstance(name, str) and not _leaves.is_int(name):
+        if not isinstance(name, str) and not isinstance(name, (int, np.integer)):
             raise TypeError(
                 f"names must have a number, a string or None for {path!r}, got {reprlib.repr(name)}"
             )
@@ -75,6 +75,8 @@ def read(
         raise ValueError(
             "all parameters must have done the same number of steps, got "
             + ", ".join(f"{step} for {path!r}" for step, path in steps.items())
+            + ". Call from_torch for each number of steps, on those parameters alone, and give "
+            "each its own optimizer by optax.partition"
         )
     count = np.int32(min(next(iter(steps), 0), 2**31 - 1))
     mu, nu = (treedef.unflatten([pair[i] for pair in moments]) for i in range(2))
@@ -185,7 +187,8 @@ def _fitted(x: np.ndarray, leaf: Any, path: str, name: Any, axes: Any) -> Any:
 def _place(x: np.ndarray, leaf: Any) -> jax.Array:
     """On the devices of a leaf."""
     is_placed = isinstance(leaf, jax.ShapeDtypeStruct) or getattr(leaf, "committed", False)
-    return jax.device_put(x, leaf.sharding if is_placed else None)
+    place = leaf.sharding if is_placed else None
+    return jax.device_put(x, None if place is None else _places.concrete(place))
 
 
 def _listed(names: Any) -> str:

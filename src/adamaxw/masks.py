@@ -48,7 +48,7 @@ class Mask(ABC):
         """
         if _is_count(params):
             return _Injected(self)
-        return jax.tree.structure(_paths.pure(params)).unflatten(self._choose(params))
+        return jax.tree.structure(_paths.pure(params)).unflatten(self.choose(params))
 
     def __and__(self, other: Callable[[Any], Any]) -> "Mask":
         return _combine("&", self, other)
@@ -69,7 +69,7 @@ class Mask(ABC):
         raise TypeError("masks combine with &, | and ~, not with and, or and not")
 
     @abstractmethod
-    def _choose(self, params: Any) -> list[bool]:
+    def choose(self, params: Any) -> list[bool]:
         """A boolean for each leaf."""
 
 
@@ -86,7 +86,7 @@ def rank(minimum: int) -> Mask:
         TypeError: `minimum` is no integer.
         ValueError: it is negative.
     """
-    if isinstance(minimum, bool) or not _leaves.is_int(minimum):
+    if isinstance(minimum, bool) or not isinstance(minimum, (int, np.integer)):
         raise TypeError(f"minimum must be an integer, got {minimum!r}")
     if minimum < 0:
         raise ValueError(f"minimum must be at least 0, got {minimum}")
@@ -151,11 +151,8 @@ def describe(params: Any, mask: Any = None) -> Table:
         total                                     8
     """
     decays = _masking.resolve_mask(mask, params)
-    named = _paths.named(params)
-    if isinstance(decays, bool):
-        decays = [decays] * len(named)
     rows, totals = [], {True: 0, False: 0}
-    for (path, p), decay in zip(named, jax.tree.leaves(decays), strict=True):
+    for (path, p), decay in zip(_paths.named(params), decays, strict=True):
         p = _leaves.as_array(p)
         if not _leaves.is_numeric(p):
             raise TypeError(
@@ -190,6 +187,9 @@ class _Injected:
     def __call__(self, params: Any) -> Any:
         return self.mask(params)
 
+    def choose(self, params: Any) -> list[bool]:
+        return self.mask.choose(params)
+
 
 @dataclass(frozen=True)
 class _Rank(Mask):
@@ -198,7 +198,7 @@ class _Rank(Mask):
     def __repr__(self) -> str:
         return f"masks.rank({self.minimum})"
 
-    def _choose(self, params: Any) -> list[bool]:
+    def choose(self, params: Any) -> list[bool]:
         return [np.ndim(leaf) >= self.minimum for leaf in jax.tree.leaves(_paths.pure(params))]
 
 
@@ -216,7 +216,7 @@ class _Matching(Mask):
             shown = [repr(self.include[0].pattern)]
         return f"masks.matching({', '.join(shown)})"
 
-    def _choose(self, params: Any) -> list[bool]:
+    def choose(self, params: Any) -> list[bool]:
         paths = [path for path, _ in _paths.named(params)]
         for pattern in (*self.include, *self.exclude):
             if paths and not any(map(pattern.search, paths)):
@@ -244,9 +244,9 @@ class _Several(Mask):
             for mask in self.masks
         )
 
-    def _choose(self, params: Any) -> list[bool]:
+    def choose(self, params: Any) -> list[bool]:
         combine = all if self.symbol == "&" else any
-        chosen = [mask._choose(params) for mask in self.masks]
+        chosen = [mask.choose(params) for mask in self.masks]
         return [combine(leaf) for leaf in zip(*chosen, strict=True)]
 
 
@@ -257,8 +257,8 @@ class _Not(Mask):
     def __repr__(self) -> str:
         return f"~({self.mask})" if isinstance(self.mask, _Several) else f"~{self.mask}"
 
-    def _choose(self, params: Any) -> list[bool]:
-        return [not chosen for chosen in self.mask._choose(params)]
+    def choose(self, params: Any) -> list[bool]:
+        return [not chosen for chosen in self.mask.choose(params)]
 
 
 @dataclass(frozen=True)
@@ -268,9 +268,8 @@ class _Function(Mask):
     def __repr__(self) -> str:
         return getattr(self.function, "__name__", repr(self.function))
 
-    def _choose(self, params: Any) -> list[bool]:
-        chosen = _masking.resolve_mask(self.function, params)
-        return jax.tree.leaves(chosen)
+    def choose(self, params: Any) -> list[bool]:
+        return list(_masking.resolve_mask(self.function, params))
 
 
 matrices = rank(2)

@@ -32,12 +32,14 @@ class Moments(NamedTuple):
             where the state has that). Zeros of their dtype for integer and boolean parameters.
         nu: infinity norms, like `mu`, but real.
         residual: that of the state, as it is.
+        seed: likewise.
     """
 
     count: Any  # pyright: ignore[reportIncompatibleMethodOverride]  (tuple.count)
     mu: Any
     nu: Any
     residual: Any = None
+    seed: Any = None
 
 
 def unpack(state: AdamaxState) -> Moments:
@@ -70,7 +72,7 @@ def unpack(state: AdamaxState) -> Moments:
         return fmt.decode(mu, nu, state.nu_scale, jnp.float32)
 
     mu, nu = _leaves.map_moments(decode, state.mu, state.nu)
-    return Moments(state.count, mu, nu, state.residual)
+    return Moments(state.count, mu, nu, state.residual, state.seed)
 
 
 def pack(
@@ -79,7 +81,8 @@ def pack(
     """A state in another format, with which to train on; the inverse of `unpack`.
 
     Values are rounded to the nearest. `pack(unpack(state), moment_dtype)` of a state that is in
-    that format already gives it back, except that bfloat16 norms are rounded once more.
+    that format already gives it back, except that bfloat16 norms are rounded once more, and that
+    `moment_dtype=None` has no seed: the noise of "stochastic" is then that of a seed of 0.
 
     Args:
         moments: what `unpack` returns, or `Moments` of your own, in any floating dtypes.
@@ -134,7 +137,10 @@ def pack(
 
     mu, nu = _leaves.map_moments(encode, mu, nu)
     count = jnp.asarray(count, jnp.int32)
-    return AdamaxState(count, mu, nu, scale, moments.residual)
+    seed = None
+    if fmt.is_noisy:
+        seed = jnp.zeros((), jnp.uint32) if moments.seed is None else moments.seed
+    return AdamaxState(count, mu, nu, scale, moments.residual, seed)
 
 
 def convert(state: Any, like: Any) -> Any:
@@ -271,6 +277,41 @@ def _in_format_of(state: AdamaxState, like: AdamaxState, like_name: str) -> Adam
     )
 
 
+def restart(state: Any) -> Any:
+    """A state to begin anew with, for the parameters as they are: zero moments, a count of 0.
+
+    For a run that goes on with a fresh optimizer now and again: a warm restart, the inner loops of
+    federated averaging and DiLoCo. Unlike `init`, it keeps the residual of `param_rounding="exact"`
+    and with it the low bits of the weights, and draws new noise even if no parameter has changed.
+
+    Args:
+        state: an `AdamaxState`, or the state of a wrapper or chain with one or several in it. It
+            may be traced.
+
+    Returns:
+        The state, in the same structure, shapes, dtypes and shardings. What is in no `AdamaxState`
+        is kept, such as what `optax.MultiSteps` has accumulated.
+
+    Examples:
+        >>> import adamaxw
+        >>> import jax.numpy as jnp
+        >>> opt = adamaxw.adamax(0.5)
+        >>> _, state = opt.update(jnp.ones(2), opt.init(jnp.zeros(2)))
+        >>> print(adamaxw.moments.restart(state).count)
+        0
+    """
+
+    def anew(node: Any) -> Any:
+        if not isinstance(node, AdamaxState):
+            return node
+        (count,) = jax.tree.leaves(node.count)
+        seed = jax.tree.map(lambda seed: _rounding.next_seed(seed, count), node.seed)
+        zeros = jax.tree.map(jnp.zeros_like, node._replace(residual=None))
+        return zeros._replace(residual=node.residual, seed=seed)
+
+    return jax.tree.map(anew, state, is_leaf=lambda node: isinstance(node, AdamaxState))
+
+
 def master_params(params: Any, state: AdamaxState) -> Any:
     """The float32 weights of a run with `param_rounding="exact"`.
 
@@ -292,25 +333,25 @@ def master_params(params: Any, state: AdamaxState) -> Any:
     if state.residual is None:
         return params
 
-    def master(path: Any, p: Any, residual: Any) -> Any:
-        if residual is None:
-            return p
-        if not _leaves.is_numeric(residual) or residual.dtype != jnp.int16:
+    _leaves.check_structures("params", params, "state.residual", state.residual)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    new = []
+    for (path, p), residual in zip(leaves, jax.tree.leaves(state.residual), strict=True):
+        name, kept = jax.tree_util.keystr(path), getattr(residual, "dtype", None)
+        if kept == jnp.int16:
+            if not _leaves.is_array(p, jnp.bfloat16, residual.shape):
+                raise ValueError(
+                    f"params{name} must be bfloat16 of shape {residual.shape}, like its residual, "
+                    f"got {_leaves.describe(p)}"
+                )
+            p = _rounding.join(_places.lie_like(p, residual), residual)
+        elif kept != jnp.int8:
             raise ValueError(
-                f"state.residual{jax.tree_util.keystr(path)} must be int16, got "
+                f"state.residual{name} must be int16, or int8 where there is none, got "
                 f"{_leaves.describe(residual)}"
             )
-        if not _leaves.is_numeric(p) or (p.dtype, p.shape) != (jnp.bfloat16, residual.shape):
-            raise ValueError(
-                f"params{jax.tree_util.keystr(path)} must be bfloat16 of shape {residual.shape}, "
-                f"like its residual, got {_leaves.describe(p)}"
-            )
-        return _rounding.join(_places.lie_like(p, residual), residual)
-
-    _leaves.broadcast("params", params, "state.residual", state.residual, lambda x: x is None)
-    return jax.tree_util.tree_map_with_path(
-        master, params, state.residual, is_leaf=lambda x: x is None
-    )
+        new.append(p)
+    return treedef.unflatten(new)
 
 
 def _check_state(state: Any) -> None:

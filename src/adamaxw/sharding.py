@@ -98,26 +98,78 @@ def of_state(
             sharding = _spread(sharding, x.shape, axes)
         return sharding if memory_kind is None else sharding.with_memory_kind(memory_kind)
 
+    def of_leaf(path: jax.tree_util.KeyPath, x: Any, trains: bool) -> Any:
+        sharding = follow(path, x)
+        # Updates of what does not train are its moments, and must lie like the parameter.
+        if axes and trains:
+            sharding = _spread(sharding, x.shape, axes)
+        return sharding if memory_kind is None else sharding.with_memory_kind(memory_kind)
+
     def of_node(path: jax.tree_util.KeyPath, x: Any) -> Any:
         if not isinstance(x, AdamaxState):
             return follow(path, x)
-        # By paths inside each: a parameter may be called mu as well.
-        mu, nu, residual = (
-            jax.tree_util.tree_map_with_path(follow, tree) for tree in (x.mu, x.nu, x.residual)
-        )
-        trains = jax.tree.map(_leaves.trains, x.mu, x.nu)
+        moments = zip(jax.tree.leaves(x.mu), jax.tree.leaves(x.nu), strict=True)
+        trains = [_leaves.trains(m, u) for m, u in moments]
+
+        def of_tree(tree: Any) -> Any:
+            # By paths inside each: a parameter may be called mu as well.
+            rows = zip(jax.tree_util.tree_leaves_with_path(tree), trains, strict=True)
+            return _as_prefix(tree, [of_leaf(path, leaf, t) for (path, leaf), t in rows])
+
         return AdamaxState(
             everywhere,
-            jax.tree.map(place, mu, x.mu, trains),
-            jax.tree.map(place, nu, x.nu, trains),
+            of_tree(x.mu),
+            of_tree(x.nu),
             None if x.nu_scale is None else everywhere,
-            jax.tree.map(place, residual, x.residual),
+            None if x.residual is None else of_tree(x.residual),
+            None if x.seed is None else everywhere,
         )
 
-    state = jax.eval_shape(opt.init, jax.tree.map(_unplaced, params))
-    return jax.tree_util.tree_map_with_path(
-        of_node, state, is_leaf=lambda x: isinstance(x, AdamaxState)
-    )
+    leaves, treedef = jax.tree.flatten(params)
+    found: list[Any] = []
+
+    # Inside, the nodes of the user's hold arrays, if traced ones.
+    def look(leaves: list[Any]) -> None:
+        rows, nodes = jax.tree_util.tree_flatten_with_path(
+            opt.init(treedef.unflatten(leaves)), is_leaf=lambda x: isinstance(x, AdamaxState)
+        )
+        found.append(nodes.unflatten([of_node(*row) for row in rows]))
+
+    jax.eval_shape(look, [_unplaced(p) for p in leaves])
+    return found[0]
+
+
+def _as_prefix(tree: Any, shardings: list[Any]) -> Any:
+    """The shardings of its leaves as a tree; as one for all of a node that holds arrays alone.
+
+    Raises:
+        ValueError: such a node has several.
+    """
+    treedef = jax.tree.structure(tree)
+    try:
+        new = treedef.unflatten(shardings)
+        if jax.tree.structure(new) == treedef:
+            return new
+    except (TypeError, ValueError, AttributeError):
+        pass  # A class of the user's, which looks at what it is given.
+    parts, node = jax.tree.flatten(tree, is_leaf=lambda x: x is not tree)
+    rest, prefixes = list(shardings), []
+    for part in parts:
+        size = len(jax.tree.leaves(part))
+        prefixes.append(_as_prefix(part, rest[:size]))
+        rest = rest[size:]
+    try:
+        new = node.unflatten(prefixes)
+        if jax.tree.structure(new) == node:
+            return new
+    except (TypeError, ValueError, AttributeError):
+        pass
+    if len(set(shardings)) > 1:
+        raise ValueError(
+            f"a {type(tree).__name__} in params takes nothing but arrays, so that its shardings "
+            "cannot be told apart: shard its leaves alike"
+        )
+    return shardings[0]
 
 
 def describe(tree: Any) -> Table:
