@@ -1,12 +1,17 @@
 """Settings of every test, doctest and snippet of the documentation."""
 
 import os
+from pathlib import Path
 
 import hypothesis
 import jax
 import pytest
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
+
+# Before Keras is imported, which reads its settings from there, and not from the user's home.
+os.environ.setdefault("KERAS_BACKEND", "jax")
+os.environ.setdefault("KERAS_HOME", str(Path(__file__).parent / "output" / "keras"))
 
 # Before any computation: eight devices, so that meshes can be tested without accelerators.
 jax.config.update("jax_num_cpu_devices", 8)

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-import adamaxw
+import adamaxw.keras
 
 _ROOT = Path(__file__).parents[1]
 _PAGES = sorted((_ROOT / "docs").glob("*.md"))
@@ -32,7 +32,7 @@ def _anchors(path):
 
 def _public_names():
     """The path of each public name, module by module."""
-    for name in adamaxw.__all__:
+    for name in [*adamaxw.__all__, "keras"]:
         yield f"adamaxw.{name}"
         if isinstance(module := getattr(adamaxw, name), ModuleType):
             for inner, value in vars(module).items():

@@ -1,9 +1,7 @@
 """In Flax, Equinox, Haiku and plain JAX: a framework adds nothing to a step and loses nothing."""
 
 import dataclasses
-import re
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -608,27 +606,3 @@ def test_patterns_that_match_nothing(framework, paths):
     """The error lists paths as the framework has them."""
     with pytest.raises(ValueError, match=f"'layers' matches no path of params.*{paths}"):
         _halving(mask=masks.matching("layers")).init(_PARAMS[framework]())
-
-
-@pytest.mark.usefixtures("standard_promotion")
-def test_keras(monkeypatch, tmp_path):
-    """Its compile refuses optimizers of Optax; the loop of docs/frameworks.md trains a model."""
-    monkeypatch.setenv("KERAS_BACKEND", "jax")
-    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
-    keras = pytest.importorskip("keras", reason="Keras is a dependency of the benchmarks alone")
-    assert keras.backend.backend() == "jax"
-    model = keras.Sequential([keras.layers.Dense(1)])
-    for make in (optax.adamaxw, adamaxw.adamaxw):
-        with pytest.raises(ValueError, match="Could not interpret optimizer identifier"):
-            model.compile(optimizer=make(1e-3))
-
-    page = (Path(__file__).parents[1] / "docs" / "frameworks.md").read_text()
-    data, loop = re.search(r"```python\n(.*?)```.*```py\n(.*?)```", page, re.DOTALL).groups()
-    names = {}
-    exec(data + loop, names)
-    outputs = names["model"](names["tokens"], training=True)
-    assert np.mean((outputs - names["targets"]) ** 2) < 0.01
-    variables = names["model"].trainable_variables
-    kernels = [v.path for v, decays in zip(variables, names["mask"], strict=True) if decays]
-    assert len(kernels) == 1
-    assert kernels[0].endswith("/kernel")

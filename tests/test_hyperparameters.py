@@ -41,6 +41,15 @@ def test_out_of_bounds(name, value, kind):
         _make(name, value)
 
 
+@pytest.mark.parametrize("name", _SCALARS)
+def test_known_arrays_in_a_traced_function(name):
+    """They are known there, too: accepted within bounds, and refused out of them."""
+    good, bad = jnp.float32(0.5), jnp.float32(-1)
+    jax.eval_shape(lambda: _make(name, good).init(jnp.zeros(2)))
+    with pytest.raises(ValueError, match=f"^{name} must satisfy"):
+        jax.eval_shape(lambda: _make(name, bad).init(jnp.zeros(2)))
+
+
 @pytest.mark.parametrize("name", ["learning_rate", "b1", "b2", "eps"])
 def test_adamax_checks_the_same(name):
     """They are those of adamaxw, as the arguments are."""

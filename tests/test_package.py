@@ -13,11 +13,15 @@ _ROOT = Path(__file__).parents[1]
 
 
 def test_public_names_are_those_in_the_docs():
-    """`__all__`, what a namespace shows, and the page of the API agree."""
+    """`__all__`, what a namespace shows, and the page of the API agree.
+
+    But for `adamaxw.keras`, which is imported by itself, and shows once some test has done so.
+    """
     page = (_ROOT / "docs/api.md").read_text(encoding="utf-8")
     (names,) = re.findall(r"^::: adamaxw\n.*\n *members: \[(.*)\]", page, re.M)
     documented = [*names.split(", "), *re.findall(r"^::: adamaxw\.(\w+)$", page, re.M)]
-    visible = [name for name in vars(adamaxw) if not name.startswith("_")]
+    documented.remove("keras")
+    visible = [name for name in vars(adamaxw) if not name.startswith("_") and name != "keras"]
     assert sorted(documented) == sorted(adamaxw.__all__) == sorted(visible)
     assert all(getattr(adamaxw, name).__doc__ for name in adamaxw.__all__)
 
@@ -46,7 +50,7 @@ def test_import_is_quiet_and_light():
         "assert dict(jax.config.values) == before\n"
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge.backends_are_initialized()\n"
-        "extras = {'rich', 'flax', 'equinox', 'matplotlib', 'sklearn', 'torch'}\n"
+        "extras = {'rich', 'flax', 'equinox', 'keras', 'matplotlib', 'sklearn', 'torch'}\n"
         "assert not extras & set(sys.modules), extras & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

@@ -1,0 +1,194 @@
+"""AdamaxW as an optimizer of Keras 3, on its JAX backend: the extra `keras`.
+
+`import adamaxw` does not import this module, which alone needs Keras.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+
+from adamaxw._optimizer import AdamaxState, adamaxw
+
+# Attributes and arguments of the constructor.
+_OWN = ("beta_1", "beta_2", "epsilon", "moment_dtype", "param_rounding", "scale_decay_by_lr")
+
+
+@keras.saving.register_keras_serializable(package="adamaxw")
+class Adamaxw(keras.optimizers.Optimizer):
+    """`adamaxw.adamaxw` for `compile` and `fit`.
+
+    The leaves of its state are variables of the optimizer, which `save_weights` and `save` keep bit
+    for bit. Import this module before `load_model`, too. The count of the state is the number of
+    updates done; schedules count batches, as ever in Keras.
+
+    The other options of `keras.optimizers.Optimizer` fit every `moment_dtype` and `param_rounding`.
+    But Keras accumulates gradients, averages variables (`use_ema`) and constrains them in the dtype
+    of the variable, rounded to the nearest. With "exact", what it writes to a bfloat16 variable is
+    kept to within half a step of bfloat16.
+
+    Args:
+        learning_rate: a float, which may be assigned to at any time, as `ReduceLROnPlateau` does;
+            a schedule of Keras; or a function without arguments.
+        beta_1: `b1` of `adamaxw.adamaxw`, a float.
+        beta_2: `b2`, a float.
+        epsilon: `eps`, a float.
+        weight_decay: a float; None is 0. All variables that train decay, but for those given to
+            `exclude_from_weight_decay`.
+        moment_dtype: as in `adamaxw.adamaxw`.
+        param_rounding: likewise. It matters where variables are bfloat16 or float16, as with the
+            dtype policy "bfloat16"; those of "mixed_bfloat16" are float32.
+        scale_decay_by_lr: likewise.
+        name: of the optimizer.
+        **kwargs: `clipnorm`, `clipvalue`, `global_clipnorm`, `use_ema`, `ema_momentum`,
+            `ema_overwrite_frequency`, `loss_scale_factor` and `gradient_accumulation_steps`, as in
+            `keras.optimizers.Optimizer`.
+
+    Raises:
+        RuntimeError: the backend of Keras is not JAX.
+        TypeError, ValueError: as from `adamaxw.adamaxw` and `keras.optimizers.Optimizer`.
+
+    Examples:
+        >>> import adamaxw.keras
+        >>> import keras
+        >>> model = keras.Sequential([keras.layers.Dense(1)])
+        >>> optimizer = adamaxw.keras.Adamaxw(1e-2, moment_dtype="uint8")
+        >>> optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+        >>> model.compile(optimizer, loss="mse")
+    """
+
+    def __init__(
+        self,
+        learning_rate: Any = 0.001,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-8,
+        weight_decay: float | None = 1e-4,
+        *,
+        moment_dtype: Any = None,
+        param_rounding: str = "nearest",
+        scale_decay_by_lr: bool = True,
+        name: str = "adamaxw",
+        **kwargs: Any,
+    ):
+        if keras.backend.backend() != "jax":
+            raise RuntimeError(
+                "adamaxw.keras needs the JAX backend: set KERAS_BACKEND=jax in the environment "
+                f"before Keras is imported, now {keras.backend.backend()!r}"
+            )
+        super().__init__(learning_rate, weight_decay, name=name, **kwargs)
+        self.beta_1 = float(beta_1)
+        self.beta_2 = float(beta_2)
+        self.epsilon = float(epsilon)
+        self.weight_decay = None if weight_decay is None else float(weight_decay)
+        self.moment_dtype = moment_dtype
+        self.param_rounding = param_rounding
+        self.scale_decay_by_lr = scale_decay_by_lr
+        self.exclude_from_weight_decay()
+        self._transformation(learning_rate)  # for its errors
+        self.moment_dtype = None if moment_dtype is None else jnp.dtype(moment_dtype).name
+
+    def _transformation(self, learning_rate: Any, mask: Any = None) -> Any:
+        return adamaxw(
+            learning_rate,
+            self.beta_1,
+            self.beta_2,
+            self.epsilon,
+            self.weight_decay or 0.0,
+            mask,
+            moment_dtype=self.moment_dtype,
+            param_rounding=self.param_rounding,
+            scale_decay_by_lr=self.scale_decay_by_lr,
+        )
+
+    def build(self, variables: list[Any]) -> None:
+        """Makes a variable of each leaf of the state, beside those of Keras itself."""
+        if self.built:
+            return
+        state = self._transformation(0.0).init([v.value for v in variables])
+        super().build(variables)
+        chosen = {*self._indices, *(i for i, v in enumerate(variables) if id(v) in self._ids)}
+        self._indices = sorted(chosen)
+        self._decays = [
+            i not in chosen and not any(re.search(name, v.name) for name in self._var_names)
+            for i, v in enumerate(variables)
+        ]
+        leaves, self._treedef = jax.tree_util.tree_flatten_with_path(state)
+        self._leaves = []
+        for (field, *index), leaf in leaves:
+            name, layout = field.name, None
+            if index:  # of a variable, named as Keras names those of its own optimizers
+                variable = variables[index[0].idx]
+                name = f"{variable.path.replace('/', '_')}_{name}"
+                layout = variable._layout if leaf.shape == variable.shape else None
+            made = self.add_variable(leaf.shape, "zeros", leaf.dtype.name, layout=layout, name=name)
+            made.assign(leaf)
+            self._leaves.append(made)
+
+    @property
+    def state(self) -> AdamaxState:
+        """The state, for `adamaxw.moments` and `diagnostics`; params are a list of the values."""
+        if not self.built:
+            raise ValueError("the optimizer has no state before it is built")
+        return self._treedef.unflatten([v.value for v in self._leaves])
+
+    def _backend_update_step(
+        self, grads: Any, trainable_variables: Any, learning_rate: Any
+    ) -> None:
+        """One step of all variables; those without a gradient are not among the arguments."""
+        variables = self._trainable_variables
+        pairs = zip(trainable_variables, grads, strict=True)
+        found = {self._get_variable_index(v): g for v, g in pairs}
+        gradients = [found.get(index) for index in range(len(variables))]
+        params = [v.value for v in variables]
+        lr = keras.ops.cast(learning_rate, jnp.result_type(float).name)
+        opt = self._transformation(lr, list(self._decays))
+        updates, state = opt.update(gradients, self.state, params)
+        for variable, p, update in zip(variables, params, updates, strict=True):
+            if update is not None:
+                self.assign(variable, p + update)
+        for variable, leaf in zip(self._leaves, jax.tree.leaves(state), strict=True):
+            self.assign(variable, leaf)
+
+    def exclude_from_weight_decay(
+        self, var_list: Sequence[Any] | None = None, var_names: Sequence[str] | None = None
+    ) -> None:
+        """Chooses which variables do not decay, in place of an earlier choice.
+
+        Unlike that of Keras's own optimizers, the choice is saved with the model.
+
+        Args:
+            var_list: variables, or their indices among those that train, as which they are saved
+                once the optimizer is built: loading may give variables other paths.
+            var_names: regular expressions, searched for in the names of variables.
+
+        Raises:
+            ValueError: the optimizer is built.
+        """
+        if self.built:
+            raise ValueError("exclude_from_weight_decay must be called before build")
+        listed = var_list or ()
+        self._indices = [v for v in listed if isinstance(v, int)]
+        self._ids = [id(v) for v in listed if not isinstance(v, int)]
+        self._var_names = [var_names] if isinstance(var_names, str) else list(var_names or ())
+
+    def _apply_weight_decay(self, variables: Any) -> None:
+        """Nothing: Keras would decay variables before the update step, which does it."""
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments of the constructor, and of `exclude_from_weight_decay`."""
+        own = {name: getattr(self, name) for name in _OWN}
+        excluded = {"var_list": list(self._indices), "var_names": list(self._var_names)}
+        return super().get_config() | own | {"exclude_from_weight_decay": excluded}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "Adamaxw":
+        """The inverse of `get_config`."""
+        config = dict(config)
+        excluded = config.pop("exclude_from_weight_decay", {})
+        optimizer = super().from_config(config, custom_objects)
+        optimizer.exclude_from_weight_decay(**excluded)
+        return optimizer
