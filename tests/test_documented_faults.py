@@ -209,16 +209,6 @@ def test_updates_of_exact_under_strict_promotion():
     assert_equal(wide.astype(jnp.bfloat16), optax.apply_updates(params, updates))
 
 
-def test_map_params_without_is_leaf():
-    """With more trees, on params of which some have no residual: pass is_leaf."""
-    opt = adamaxw.adamaxw(1e-3, param_rounding="exact")
-    state = opt.init({"a": jnp.ones(2), "w": jnp.ones(2, jnp.bfloat16)})
-    names = {"a": "A", "w": "W"}
-    with pytest.raises(ValueError, match="None"):
-        optax.tree.map_params(opt, lambda _, name: name, state, names)
-    optax.tree.map_params(opt, lambda _, name: name, state, names, is_leaf=lambda x: x is None)
-
-
 # docs/frameworks.md ------------------------------------------------------------------------------
 
 
@@ -353,7 +343,9 @@ def test_a_larger_vocabulary(moment_dtype, rounding, dtype):
         moments._replace(**{k: _grown(getattr(moments, k), 8) for k in ("mu", "nu", "residual")}),
         moment_dtype,
     )
-    assert jax.tree.map(jax.typeof, packed) == jax.tree.map(jax.typeof, opt.init(large))
+    # Without a seed, which goes for one of 0.
+    expected = opt.init(large)._replace(seed=packed.seed)
+    assert jax.tree.map(jax.typeof, packed) == jax.tree.map(jax.typeof, expected)
     if rounding == "exact":
         weights = adamaxw.moments.master_params(large, packed)
         assert_equal(_grown(adamaxw.moments.master_params(small, state), 8), weights)
@@ -453,7 +445,7 @@ def test_stochastic_at_the_ceiling_of_the_count():
 
 def test_uint8_far_below_eps():
     """uint8 takes such steps rarely and in larger portions, with the right mean."""
-    grads = jnp.full(2**16, 1e-13)
+    grads = jnp.full(2**20, 1e-13)
     narrow, wide = (adamaxw.adamax(1.0, moment_dtype=name) for name in ("uint8", None))
     params = jnp.zeros_like(grads)
     updates, expected = (np.asarray(_updates(opt, params, [grads] * 50)) for opt in (narrow, wide))

@@ -208,8 +208,9 @@ def describe(tree: Any) -> Table:
         nu/b               (3,)     uint8    P()                   8               3
         nu/w               (64, 3)  uint8    P('data', None)       1              24
         nu_scale           ()       float32  P()                   8               4
-        a device                                                                  62
-        in all, each once                                                        398
+        seed               ()       uint32   P()                   8               4
+        a device                                                                  66
+        in all, each once                                                        402
     """
     held: Counter[str | None] = Counter({None: 0})
     rows, in_all = [], 0
