@@ -356,11 +356,10 @@ def test_map_params_where_some_have_no_residual(moment_dtype):
         state,
         names,
         transform_non_params=lambda _: "other",
-        is_leaf=lambda x: x is None,
     )
     here = {"s": ("S", False), "w": ("W", False)}
     assert named.mu == named.nu == here
-    assert named.residual == {"s": ("S", True), "w": ("W", False)}
+    assert named.residual == here
     assert named.count == "other"
 
 
