@@ -170,26 +170,25 @@ def _residual(name: str, state: AdamaxState, other_name: str, like: AdamaxState)
     """The residual of `state`, zeros where only `like` has one."""
     old, goal = state.residual, like.residual
     for each, tree in ((name, old), (other_name, goal)):
-        if tree is not None:
-            _leaves.check_structures(f"{each}.residual", tree, f"{name}.mu", state.mu)
-    if old is not None and [x.dtype for x in jax.tree.leaves(old)] != [
-        x.dtype for x in jax.tree.leaves(goal)
-    ]:
+        if tree is None:
+            continue
+        _leaves.check_structures(f"{each}.residual", tree, f"{name}.mu", state.mu)
+        rows = zip(
+            jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(state.mu), strict=True
+        )
+        for (path, x), m in rows:
+            if x.shape != m.shape or x.dtype not in (jnp.int8, jnp.int16):
+                raise TypeError(
+                    f"{each}.residual{keystr(path)} must be int16 of shape {m.shape}, or int8 "
+                    f"where there is none, got {_leaves.describe(x)}"
+                )
+    dtypes, others = ([x.dtype for x in jax.tree.leaves(tree)] for tree in (old, goal))
+    if old is not None and dtypes != others:
         raise ValueError(
             f"{name}.residual holds the low bits of float32 weights, for which {other_name} has no "
             "place, or not the same: take the weights from adamaxw.moments.master_params and go on "
             "with them, or give the bits up by state._replace(residual=None)"
         )
-    shapes = [x.shape for x in jax.tree.leaves(state.mu)]
-    for each, tree in ((name, old), (other_name, goal)):
-        for (path, x), shape in zip(
-            jax.tree_util.tree_leaves_with_path(tree), shapes, strict=tree is not None
-        ):
-            if x.shape != shape or x.dtype not in (jnp.int8, jnp.int16):
-                raise TypeError(
-                    f"{each}.residual{keystr(path)} must be int16 of shape {shape}, or int8 where "
-                    f"there is none, got {_leaves.describe(x)}"
-                )
     if old is not None or goal is None:
         return old
     # Like the moments, which lie where the parameters lie.
