@@ -137,6 +137,7 @@ def _narrow(updates: Any, params: Any) -> Iterator[tuple[str | None, jax.Array, 
     updates, params = _paths.pure(updates), _paths.pure(params)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     for (path, p), u in zip(leaves, treedef.flatten_up_to(updates), strict=True):
+        p = _leaves.as_array(p)
         if u is not None and jnp.issubdtype(p.dtype, jnp.floating) and p.dtype.itemsize < 4:
             changes = u != 0
             stays = (p.astype(jnp.float32) + u.astype(jnp.float32)).astype(p.dtype) == p

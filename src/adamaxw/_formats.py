@@ -82,7 +82,7 @@ class Format:
         """The first moment and the norm that `encode` has stored with this scale.
 
         In `dtype`, float32 or float64, unless they are stored in the dtype of the arithmetic. From
-        a scale of 0, which is that of a state set to zeros, both are zero.
+        a scale of 0, which is that of a state set to zeros, the norm is 0.
         """
         del scale, dtype
         return mu, nu
@@ -248,7 +248,7 @@ class Logarithmic(Format):
         # The scale rises by whole steps against the decay, so all codes fall by their number; they
         # rise where eps is lowered.
         left = shrink(b2, scale)
-        fall = jnp.round(self.levels * jnp.log2(new_scale / left))
+        fall = jnp.round(self.levels * jnp.log2(new_scale / jnp.abs(left)))  # 0 may be -0
         fall = jnp.clip(fall, -1000, 255).astype(jnp.int32)
         fallen = jnp.minimum(nu.astype(jnp.int32) - fall, 255)
         size, unit = jnp.abs(g), self._unit(new_scale)

@@ -51,8 +51,8 @@ def resolve_mask(mask: Any, params: optax.Params) -> tuple[bool, ...]:
     """
     if mask is None:
         mask = True
-    if hasattr(mask, "choose"):  # one of `masks`, which need no tree
-        return tuple(mask.choose(params))
+    if hasattr(mask, "flags_of"):  # one of `masks`, which need no tree
+        return tuple(mask.flags_of(params))
     # A module with a __call__ can also be the tree: then it has boolean leaves.
     if callable(mask) and not any(map(_is_boolean, jax.tree.leaves(mask))):
         mask = mask(params)

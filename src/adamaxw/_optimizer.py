@@ -392,8 +392,8 @@ def _update(
     new_scale = None
     if scale is not None:
         eps = constants.eps
-        scale = jnp.where(scale == 0, _unit(fmt, eps), scale)  # a state set to zeros is a fresh one
-        shrunk = shrink(cast(constants.b2, jnp.float32), scale)
+        begun = jnp.where(scale == 0, _unit(fmt, eps), scale)  # a state set to zeros is a fresh one
+        shrunk = shrink(cast(constants.b2, jnp.float32), begun)
         new_scale = fmt.rescale(shrunk, jnp.asarray(eps, jnp.float32))
 
     trained = [leaf for leaf in leaves if leaf.rounding is not None]

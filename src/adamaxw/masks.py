@@ -48,7 +48,7 @@ class Mask(ABC):
         """
         if _is_count(params):
             return _Injected(self)
-        return jax.tree.structure(_paths.pure(params)).unflatten(self.choose(params))
+        return jax.tree.structure(_paths.pure(params)).unflatten(self.flags_of(params))
 
     def __and__(self, other: Callable[[Any], Any]) -> "Mask":
         return _combine("&", self, other)
@@ -69,7 +69,7 @@ class Mask(ABC):
         raise TypeError("masks combine with &, | and ~, not with and, or and not")
 
     @abstractmethod
-    def choose(self, params: Any) -> list[bool]:
+    def flags_of(self, params: Any) -> list[bool]:
         """A boolean for each leaf."""
 
 
@@ -187,8 +187,8 @@ class _Injected:
     def __call__(self, params: Any) -> Any:
         return self.mask(params)
 
-    def choose(self, params: Any) -> list[bool]:
-        return self.mask.choose(params)
+    def flags_of(self, params: Any) -> list[bool]:
+        return self.mask.flags_of(params)
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class _Rank(Mask):
     def __repr__(self) -> str:
         return f"masks.rank({self.minimum})"
 
-    def choose(self, params: Any) -> list[bool]:
+    def flags_of(self, params: Any) -> list[bool]:
         return [np.ndim(leaf) >= self.minimum for leaf in jax.tree.leaves(_paths.pure(params))]
 
 
@@ -216,7 +216,7 @@ class _Matching(Mask):
             shown = [repr(self.include[0].pattern)]
         return f"masks.matching({', '.join(shown)})"
 
-    def choose(self, params: Any) -> list[bool]:
+    def flags_of(self, params: Any) -> list[bool]:
         paths = [path for path, _ in _paths.named(params)]
         for pattern in (*self.include, *self.exclude):
             if paths and not any(map(pattern.search, paths)):
@@ -244,9 +244,9 @@ class _Several(Mask):
             for mask in self.masks
         )
 
-    def choose(self, params: Any) -> list[bool]:
+    def flags_of(self, params: Any) -> list[bool]:
         combine = all if self.symbol == "&" else any
-        chosen = [mask.choose(params) for mask in self.masks]
+        chosen = [mask.flags_of(params) for mask in self.masks]
         return [combine(leaf) for leaf in zip(*chosen, strict=True)]
 
 
@@ -257,8 +257,8 @@ class _Not(Mask):
     def __repr__(self) -> str:
         return f"~({self.mask})" if isinstance(self.mask, _Several) else f"~{self.mask}"
 
-    def choose(self, params: Any) -> list[bool]:
-        return [not chosen for chosen in self.mask.choose(params)]
+    def flags_of(self, params: Any) -> list[bool]:
+        return [not chosen for chosen in self.mask.flags_of(params)]
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ class _Function(Mask):
     def __repr__(self) -> str:
         return getattr(self.function, "__name__", repr(self.function))
 
-    def choose(self, params: Any) -> list[bool]:
+    def flags_of(self, params: Any) -> list[bool]:
         return list(_masking.resolve_mask(self.function, params))
 
 
