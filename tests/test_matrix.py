@@ -151,6 +151,19 @@ def test_shardings_of_a_state_in_any_class(params, moment_dtype, param_rounding)
     assert {x.spec for x in shardings} == {P("x")}
 
 
+@pytest.mark.parametrize("params", PARAMS)
+def test_shardings_around_any_class(params):
+    """However deep it lies, and in the states of others beside ours."""
+    mesh = _mesh(AxisType.Auto)
+    tree = {"a": [PARAMS[params](jnp.float32)], "z": _arrays(jnp.float32)[0]}
+    tree = _put(tree, mesh) | {"z": jax.device_put(tree["z"], NamedSharding(mesh, P()))}
+    opt = optax.chain(optax.trace(0.9), adamaxw.adamaxw(1e-2))
+    found = sharding.of_state(opt, tree)
+    for state in (found[0].trace, found[1].mu, found[1].nu):
+        assert {x.spec for x in jax.tree.leaves(state["a"])} == {P("x")}
+        assert state["z"].spec == P()
+
+
 @pytest.mark.parametrize("moment_dtype", [None, "bfloat16", "uint8"])
 def test_init_from_abstract_parameters_on_a_mesh(moment_dtype):
     """On the mesh that is set, with explicit axes; with automatic ones and none set, somewhere."""

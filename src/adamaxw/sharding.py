@@ -9,6 +9,7 @@ https://arxiv.org/abs/1910.02054).
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import jax
@@ -105,35 +106,38 @@ def of_state(
             sharding = _spread(sharding, x.shape, axes)
         return sharding if memory_kind is None else sharding.with_memory_kind(memory_kind)
 
-    def of_node(path: jax.tree_util.KeyPath, x: Any) -> Any:
+    def of_node(path: jax.tree_util.KeyPath, x: Any) -> list[Any]:
+        """A sharding for each leaf."""
         if not isinstance(x, AdamaxState):
-            return follow(path, x)
+            return [follow(path, x)]
         moments = zip(jax.tree.leaves(x.mu), jax.tree.leaves(x.nu), strict=True)
         trains = [_leaves.trains(m, u) for m, u in moments]
 
-        def of_tree(tree: Any) -> Any:
+        def of_tree(tree: Any) -> list[Any]:
             # By paths inside each: a parameter may be called mu as well.
-            rows = zip(jax.tree_util.tree_leaves_with_path(tree), trains, strict=True)
-            return _as_prefix(tree, [of_leaf(path, leaf, t) for (path, leaf), t in rows])
+            rows = zip(jax.tree_util.tree_leaves_with_path(tree), trains, strict=tree is not None)
+            return [of_leaf(path, leaf, t) for (path, leaf), t in rows]
 
-        return AdamaxState(
+        shardings = AdamaxState(
             everywhere,
             of_tree(x.mu),
             of_tree(x.nu),
             None if x.nu_scale is None else everywhere,
-            None if x.residual is None else of_tree(x.residual),
+            of_tree(x.residual),
             None if x.seed is None else everywhere,
         )
+        return jax.tree.leaves(shardings)
 
     leaves, treedef = jax.tree.flatten(params)
     found: list[Any] = []
 
     # Inside, the nodes of the user's hold arrays, if traced ones.
     def look(leaves: list[Any]) -> None:
-        rows, nodes = jax.tree_util.tree_flatten_with_path(
-            opt.init(treedef.unflatten(leaves)), is_leaf=lambda x: isinstance(x, AdamaxState)
+        state = opt.init(treedef.unflatten(leaves))
+        rows = jax.tree_util.tree_leaves_with_path(
+            state, is_leaf=lambda x: isinstance(x, AdamaxState)
         )
-        found.append(nodes.unflatten([of_node(*row) for row in rows]))
+        found.append(_as_prefix(state, [x for row in rows for x in of_node(*row)]))
 
     jax.eval_shape(look, [_unplaced(p) for p in leaves])
     return found[0]
@@ -145,25 +149,18 @@ def _as_prefix(tree: Any, shardings: list[Any]) -> Any:
     Raises:
         ValueError: such a node has several.
     """
-    treedef = jax.tree.structure(tree)
+    parts, node = jax.tree.flatten(tree, is_leaf=lambda x: x is not tree)
+    if jax.tree_util.all_leaves([tree]):
+        return shardings[0]
+    rest = iter(shardings)
+    sizes = [len(jax.tree.leaves(part)) for part in parts]
+    parts = [_as_prefix(x, list(islice(rest, n))) for x, n in zip(parts, sizes, strict=True)]
     try:
-        new = treedef.unflatten(shardings)
-        if jax.tree.structure(new) == treedef:
+        new = node.unflatten(parts)
+        if all(x is y for x, y in zip(parts, node.flatten_up_to(new), strict=True)):
             return new
     except (TypeError, ValueError, AttributeError):
         pass  # A class of the user's, which looks at what it is given.
-    parts, node = jax.tree.flatten(tree, is_leaf=lambda x: x is not tree)
-    rest, prefixes = list(shardings), []
-    for part in parts:
-        size = len(jax.tree.leaves(part))
-        prefixes.append(_as_prefix(part, rest[:size]))
-        rest = rest[size:]
-    try:
-        new = node.unflatten(prefixes)
-        if jax.tree.structure(new) == node:
-            return new
-    except (TypeError, ValueError, AttributeError):
-        pass
     if len(set(shardings)) > 1:
         raise ValueError(
             f"a {type(tree).__name__} in params takes nothing but arrays, so that its shardings "
