@@ -103,10 +103,11 @@ def test_each_device_has_its_part_of_the_state(topology, jobs):
     for name, found in _read(jobs[topology], "equal_gradients.json").items():
         _, moments, rounding = name.split()
         moment = {"None": 8, "bfloat16": 4, "uint8": 2}[moments] * sum(parts.values())
-        # Beside parameters in bfloat16, 16 bits each.
-        residual = 2 * (parts["matrix"] + parts["odd"]) * (rounding == "exact")
-        # The count; in formats with a scale, that too.
-        scalars = 4 if moments == "None" else 8
+        # Beside parameters in bfloat16, 16 bits each; beside the others, 8.
+        narrow = parts["matrix"] + parts["odd"]
+        residual = (narrow + sum(parts.values())) * (rounding == "exact")
+        # The count, the seed where anything is rounded at random, the scale of few bits.
+        scalars = 12 if moments != "None" else 8 if rounding == "stochastic" else 4
         assert found["bytes"] == [moment + residual + scalars] * topology[1], name
 
 

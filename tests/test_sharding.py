@@ -249,7 +249,9 @@ def test_no_device_ever_holds_the_whole_state(axis_type, moment_dtype):
     # The hash of parameters of which noise is made: XLA on the CPU does not sum it as it goes.
     hashed = 0 if moment_dtype is None else 4 * 64 * 128
     # The scalars are on every device; temporaries are for those.
-    assert memory.output_size_in_bytes + memory.temp_size_in_bytes < whole / 8 + 64 + hashed
+    assert memory.output_size_in_bytes < whole / 8 + 64
+    # The other temporaries are for the scalars.
+    assert memory.temp_size_in_bytes <= hashed + 64
 
     before = {id(x) for x in jax.live_arrays()}
     state = jax.block_until_ready(init(params))
@@ -258,7 +260,7 @@ def test_no_device_ever_holds_the_whole_state(axis_type, moment_dtype):
         if id(x) not in before:
             for shard in x.addressable_shards:
                 held[shard.device] += shard.data.nbytes
-    scalars = 4 if moment_dtype is None else 8
+    scalars = 4 if moment_dtype is None else 12
     assert set(held.values()) == {(whole - scalars) // 8 + scalars}
     assert state.count.is_fully_replicated
 

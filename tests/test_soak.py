@@ -107,15 +107,24 @@ def test_nearest_loses_small_steps(moment_dtype):
         assert row["way"] < 0.01, row["kind"]
 
 
-# The rms of 32 walks is off by 1/8; of eight kinds one may be by three times that.
+@functools.cache
+def _walks():
+    """The parameters that are rounded at random, eight times as many."""
+    chosen = {name: _CONTENDERS[name] for name in _OURS if "stochastic" in name}
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
+        patch.setattr(soak, "LANES", 8 * soak.LANES)
+        return soak.soak(chosen, _STEPS)
+
+
+# The rms of 256 walks is off by 1/23; of eight kinds one may be by three or four times that.
 @pytest.mark.parametrize("moment_dtype", soak.BOUNDS)
 def test_stochastic_walks_as_expected(moment_dtype):
     """Its error is that of an unbiased rounding of each step, and no more."""
-    rows = _rows(_found(), f"bfloat16 stochastic, moments {moment_dtype}")
+    rows = _rows(_walks(), f"bfloat16 stochastic, moments {moment_dtype}")
     for row in rows:
-        np.testing.assert_allclose(row["param_rms"][-1], row["walk"][-1], rtol=0.4)
+        np.testing.assert_allclose(row["param_rms"][-1], row["walk"][-1], rtol=0.2)
     ratios = [row["param_rms"][-1] / row["walk"][-1] for row in rows]
-    assert np.mean(ratios) == pytest.approx(1, abs=0.15)
+    assert np.mean(ratios) == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize(
