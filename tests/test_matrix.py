@@ -179,7 +179,7 @@ def test_init_from_abstract_parameters_on_a_mesh(moment_dtype):
         for x in (state.mu, state.nu, read(params)):
             assert x.sharding.spec == P("x", None)
         opt.update(jnp.zeros_like(params), state, jnp.zeros_like(params))
-    mesh = AbstractMesh((8,), ("x",))
+    mesh = AbstractMesh((8,), ("x",), axis_types=(AxisType.Auto,))
     params = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=NamedSharding(mesh, P("x")))
     assert opt.init(params).mu.shape == read(params).shape == (8, 8)
 
