@@ -319,45 +319,36 @@ WIDE = Format()
 FORMATS: tuple[Format, ...] = (WIDE, BFloat16(), Logarithmic())
 
 
-def named(moment_dtype: Any) -> Format:
+def named(moment_dtype: Any, eps: Any = 1e-8) -> Format:
     """The format that a user's `moment_dtype` stands for.
 
     Raises:
-        ValueError: it is none of the three.
+        ValueError: it is none of the three, or eps is known and out of the format's range.
     """
-    is_value = isinstance(moment_dtype, (jax.Array, np.ndarray, np.generic))
-    if not is_value:
+    name = ""  # An array has a dtype too, but is none.
+    if not isinstance(moment_dtype, (jax.Array, np.ndarray, np.generic)):
         try:
             name = None if moment_dtype is None else jnp.dtype(moment_dtype).name
         except TypeError:
             name = ""
-        for candidate in FORMATS:
-            if candidate.name == name:
-                return candidate
-    hint = ""
-    if isinstance(moment_dtype, jax.Array):
+    fmt = next((fmt for fmt in FORMATS if fmt.name == name), None)
+    if fmt is None:
         hint = (
             ". optax.inject_hyperparams calls jnp.uint8 and jnp.bfloat16 as if they were "
             "schedules: write the dtype as a string there"
         )
-    raise ValueError(
-        "moment_dtype must be None (float32, or float64 for float64 parameters), bfloat16 or "
-        f"uint8, got {reprlib.repr(moment_dtype)}{hint}"
-    )
-
-
-def check_eps(fmt: Format, eps: Any) -> None:
-    """Refuses an eps that does not go with a format; a traced one passes.
-
-    Raises:
-        ValueError: naming the range.
-    """
+        raise ValueError(
+            "moment_dtype must be None (float32, or float64 for float64 parameters), bfloat16 or "
+            f"uint8, got {reprlib.repr(moment_dtype)}"
+            + (hint if isinstance(moment_dtype, jax.Array) else "")
+        )
     low, high = fmt.eps_range
     if not isinstance(eps, Tracer) and not np.float32(low) <= np.float32(eps) <= np.float32(high):
         raise ValueError(
             f"eps must be from {low:g} to {high:g} with moment_dtype={fmt.name}, or the norms of "
             f"ordinary gradients are out of its range, got {eps}"
         )
+    return fmt
 
 
 def round_to_bfloat16(x: jax.Array, noise: Any) -> jax.Array:

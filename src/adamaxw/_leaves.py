@@ -211,22 +211,18 @@ def _rounding_of(name: str, dtype: Any, param_rounding: ParamRounding) -> Roundi
     return rounding
 
 
-def map_moments(function: Callable[[Any, Any, Any], tuple[Any, Any]], mu: Any, nu: Any) -> Any:
-    """Maps two moments of each leaf that trains to two others; the other leaves stay.
-
-    Args:
-        function: of the path, a leaf of `mu` and one of `nu`.
-        mu: a tree of arrays.
-        nu: a tree in the structure of `mu`, with the same shapes.
+def moment_rows(mu: Any, nu: Any) -> list[tuple[Any, Any, Any]]:
+    """The path of each leaf of two trees of moments, and the two arrays.
 
     Raises:
-        ValueError: the trees differ.
+        ValueError: the trees differ, or two leaves in shape.
         TypeError: a leaf is no array of numbers.
     """
     check_structures("mu", mu, "nu", nu)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(mu)
     rows = []
-    for (path, m), u in zip(leaves, jax.tree.leaves(nu), strict=True):
+    for (path, m), u in zip(
+        jax.tree_util.tree_leaves_with_path(mu), jax.tree.leaves(nu), strict=True
+    ):
         m, u = as_array(m), as_array(u)
         name = jax.tree_util.keystr(path)
         if _kind(m) is None or _kind(u) is None:
@@ -235,8 +231,22 @@ def map_moments(function: Callable[[Any, Any, Any], tuple[Any, Any]], mu: Any, n
             )
         if m.shape != u.shape:
             raise ValueError(f"mu{name} has shape {m.shape}, nu{name} has {u.shape}")
-        rows.append(function(path, m, u) if trains(m, u) else (m, u))
-    return columns(treedef, rows, 2)
+        rows.append((path, m, u))
+    return rows
+
+
+def map_moments(function: Callable[[Any, Any, Any], tuple[Any, Any]], mu: Any, nu: Any) -> Any:
+    """Maps two moments of each leaf that trains to two others; the other leaves stay.
+
+    Args:
+        function: of a row of `moment_rows`.
+        mu: a tree of arrays.
+        nu: a tree in the structure of `mu`, with the same shapes.
+    """
+    rows = [
+        (m, u) if not trains(m, u) else function(path, m, u) for path, m, u in moment_rows(mu, nu)
+    ]
+    return columns(jax.tree.structure(mu), rows, 2)
 
 
 def trains(mu: Any, nu: Any) -> bool:

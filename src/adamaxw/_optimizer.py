@@ -210,9 +210,8 @@ def _transformation(
     learning_rate = _hyperparameters.checked_or_schedule("learning_rate", learning_rate)
     b1 = _hyperparameters.checked("b1", b1)
     b2 = _hyperparameters.checked("b2", b2)
-    fmt = _formats.named(moment_dtype)
     eps = _hyperparameters.checked("eps", eps)
-    _formats.check_eps(fmt, eps)
+    fmt = _formats.named(moment_dtype, eps)
     constants = Constants(Decay.of(b1), Decay.of(b2), eps)
     rounding = _rounding.named(param_rounding)
 

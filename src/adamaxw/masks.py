@@ -285,9 +285,11 @@ def _combine(symbol: str, *operands: Any) -> Any:
 def _patterns(name: str, patterns: Any) -> tuple[re.Pattern[str], ...]:
     if isinstance(patterns, str):
         patterns = (patterns,)
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(f"{name} must be a string or a sequence of strings, got {patterns!r}")
     try:
         return tuple(map(re.compile, patterns))
-    except (TypeError, re.error) as error:
-        raise (TypeError if isinstance(error, TypeError) else ValueError)(
-            f"{name} must be a regular expression or a sequence of them, got {patterns!r}: {error}"
+    except re.error as error:
+        raise ValueError(
+            f"{name} has {error.pattern!r}, which is no regular expression: {error}"
         ) from None

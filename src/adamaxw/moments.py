@@ -101,9 +101,8 @@ def pack(
         raise TypeError(f"moments must be Moments, as unpack returns, got {type(moments).__name__}")
     count = moments.count
     _leaves.check_count("count", count)
-    fmt = _formats.named(moment_dtype)
     eps = _hyperparameters.checked("eps", eps)
-    _formats.check_eps(fmt, eps)
+    fmt = _formats.named(moment_dtype, eps)
     unit = jnp.asarray(eps, jnp.float32)
 
     def widen(path: Any, m: Any, u: Any) -> tuple[Any, Any]:
