@@ -148,8 +148,8 @@ def side_by_side(
             g, p = as_array(g), as_array(p)
             where = jax.tree_util.keystr(path)
             given = {"gradients": g} if params is None else {"gradients": g, "params": p}
-            if _kind_of_row(where, given, m, u, fmt) != "integer":
-                how = _rounding_of_row(where, g, r, p, param_rounding)
+            kind = _kind_of_row(where, given, m, u, fmt)
+            how = _rounding_of_row(where, kind, g, r, p, param_rounding)
         rows.append(Leaf(g, m, u, r, p, decay, how))
     return treedef, rows
 
@@ -181,22 +181,25 @@ def _kind_of_row(path: str, given: dict[str, Any], m: Any, u: Any, fmt: Format) 
     return kind
 
 
-def _rounding_of_row(path: str, g: Any, r: Any, p: Any, param_rounding: ParamRounding) -> Rounding:
-    """How the new value of a parameter is rounded; its residual is what that needs."""
+def _rounding_of_row(
+    path: str, kind: str, g: Any, r: Any, p: Any, param_rounding: ParamRounding
+) -> Rounding | None:
+    """How the new value of a parameter is rounded, None for integers; its residual must fit."""
     dtype = (g if p is None else p).dtype  # Without params nothing is rounded.
-    how = _rounding_of(f"params{path}", dtype, param_rounding)
+    trained = kind in _TRAINED
+    how = _rounding_of(f"params{path}", dtype, param_rounding) if trained else NEAREST
     is_needed = how.residual_dtype != NEAREST.residual_dtype
     if is_array(r, how.residual_dtype, g.shape) or (r is None and not is_needed):
-        return how
+        return how if trained else None
     if is_needed:
         raise TypeError(
             f"state.residual{path} must be int16 of shape {g.shape}, got {describe(r)}: init makes "
             'it for the bfloat16 params that it is given with param_rounding="exact"'
         )
     raise TypeError(
-        f"params{path} came as {dtype}, but state.residual{path} is that of bfloat16 with "
-        'param_rounding="exact": what applies the updates must keep the dtype, as '
-        "optax.apply_updates does; where it cannot, as in flowjax and optimistix, use "
+        f"params{path} came as {dtype}, but state.residual{path} is {describe(r)}, as "
+        'param_rounding="exact" keeps for bfloat16: what applies the updates must keep the dtype, '
+        "as optax.apply_updates does; where it cannot, as in flowjax and optimistix, use "
         '"stochastic". For another param_rounding, use state._replace(residual=None)'
     )
 
