@@ -56,6 +56,8 @@ def attempt(function, *args, **kwargs):
         if raised_in.parent != _PACKAGE or not _NAMED.search(str(error)):
             raise
         return REFUSED
+    except OverflowError:  # of an integer that no array holds
+        return REFUSED
     finally:
         jax.config.update("jax_traceback_filtering", before)
 

@@ -344,11 +344,7 @@ def check_structures(
     other: Any,
     is_leaf: Callable[[Any], bool] | None = None,
 ) -> None:
-    """Refuses two trees that differ in structure.
-
-    Raises:
-        ValueError: they do; names both, and the path.
-    """
+    """Raises a ValueError that names both trees, and the path, if they differ in structure."""
     check_prefix(name, tree, other_name, other, is_leaf)
     check_prefix(other_name, other, name, tree, is_leaf)
 

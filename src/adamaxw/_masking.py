@@ -7,7 +7,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from adamaxw._leaves import check_prefix, describe
+from adamaxw._leaves import check_prefix, describe, is_array
 from adamaxw._paths import pure
 
 _INJECTED = (
@@ -65,11 +65,7 @@ def resolve_mask(mask: Any, params: optax.Params) -> tuple[bool, ...]:
 
 
 def _is_boolean(leaf: Any) -> bool:
-    return isinstance(leaf, bool) or (
-        isinstance(leaf, (np.bool_, np.ndarray, jax.Array))
-        and leaf.shape == ()
-        and leaf.dtype == np.bool_
-    )
+    return isinstance(leaf, bool) or is_array(leaf, np.bool_)
 
 
 def _as_bool(path: jax.tree_util.KeyPath, leaf: Any) -> bool:

@@ -305,7 +305,7 @@ class _Step:
         keys: those of the noise of all leaves; None if there is no noise.
         scales: those of the moments as they are stored, and as they will be.
         rate: `lr / (1 - b1^t)`.
-        decay: by what part parameters decay.
+        decay: the decay factor, by which parameters shrink.
         constants: the other hyperparameters.
         fmt: how moments are stored.
     """
@@ -329,18 +329,9 @@ def _update(
     rounding: _rounding.ParamRounding,
     decays: tuple[bool, ...],
 ) -> tuple[Any, AdamaxState]:
-    """One step of a tree.
+    """One step of a tree, `lr` and `decay` being the numbers of this step.
 
-    Args:
-        updates: as in `update`.
-        state: as in `update`.
-        params: as in `update`; None if they are not needed.
-        lr: the learning rate of this step.
-        decay: by what part parameters decay.
-        constants: the other hyperparameters.
-        fmt: how moments are stored.
-        rounding: how parameters are rounded.
-        decays: which leaves of params decay; none of none, if they are not needed.
+    `params` are None and `decays` is empty where the parameters are not needed.
     """
     moments = state.mu, state.nu, state.residual
     treedef, leaves = _leaves.side_by_side(updates, moments, params, decays, fmt, rounding)

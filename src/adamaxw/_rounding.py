@@ -8,6 +8,7 @@ import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import jax
@@ -223,10 +224,7 @@ def leaf_indices(count: jax.Array, number: int) -> list[jax.Array]:
     of once for all leaves of a shape.
     """
     one = (count >= 0).astype(jnp.uint32)
-    indices = [one - 1]
-    for _ in range(1, number):
-        indices.append(_successor(indices[-1], one))
-    return indices
+    return list(accumulate([one - 1] + [one] * (number - 1), _successor))
 
 
 @jax.jit

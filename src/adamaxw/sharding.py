@@ -106,21 +106,16 @@ def of_state(
             return [follow(path, x)]
         moments = zip(jax.tree.leaves(x.mu), jax.tree.leaves(x.nu), strict=True)
         trains = [_leaves.trains(m, u) for m, u in moments]
-
-        def of_tree(tree: Any) -> list[Any]:
-            # By paths inside each: a parameter may be called mu as well.
-            rows = zip(jax.tree_util.tree_leaves_with_path(tree), trains, strict=tree is not None)
-            return [of_leaf(path, leaf, t) for (path, leaf), t in rows]
-
-        shardings = AdamaxState(
-            everywhere,
-            of_tree(x.mu),
-            of_tree(x.nu),
-            None if x.nu_scale is None else everywhere,
-            of_tree(x.residual),
-            None if x.seed is None else everywhere,
-        )
-        return jax.tree.leaves(shardings)
+        shardings: list[Any] = []
+        for name, tree in x._asdict().items():
+            # By paths inside each tree: a parameter may be called mu as well.
+            rows = jax.tree_util.tree_leaves_with_path(tree)
+            if name in ("mu", "nu", "residual"):
+                pairs = zip(rows, trains, strict=tree is not None)
+                shardings += [of_leaf(inner, leaf, t) for (inner, leaf), t in pairs]
+            else:
+                shardings += [everywhere] * len(rows)
+        return shardings
 
     leaves, treedef = jax.tree.flatten(params)
     found: list[Any] = []
@@ -281,8 +276,8 @@ def _everywhere(params: Any) -> Any:
             is_partial = getattr(spec, "reduced", None) or getattr(spec, "unreduced", None)
             if is_partial or not isinstance(p.sharding, (NamedSharding, SingleDeviceSharding)):
                 raise ValueError(
-                    f"{name} must have a SingleDeviceSharding, or a NamedSharding without reduced "
-                    f"or unreduced axes, got {p.sharding}"
+                    f"{name} must have a NamedSharding without axes that are reduced or unreduced, "
+                    f"or a SingleDeviceSharding, got {p.sharding}"
                 )
     found = _places.places(params)
     if len(found) > 1:
