@@ -527,13 +527,13 @@ def _core(**changes):
             _STATE,
             _like(b=jnp.ones(3, jnp.complex64)),
             TypeError,
-            r"mu\['b'\] is float32, of a parameter that is real, .*complex64, of one that is compl",
+            r"mu\['b'\] differ: that of state\[1\] is real, that of like\[1\] is complex",
         ),
         (
             _STATE,
             _like(b=jnp.ones(3, jnp.int32)),
             TypeError,
-            r"mu\['b'\] .* int32, of one that is int32",
+            r"mu\['b'\] differ: that of state\[1\] is real, that of like\[1\] is int32",
         ),
         (
             _STATE[1][:2],
@@ -557,7 +557,6 @@ def _core(**changes):
             ValueError,
             r"state\[1\] has done 7 updates, but its schedules stand at \[0\]",
         ),
-        (_core(mu="abc"), _like(), TypeError, r"state\[1\]\.mu must be an array, got 'abc'"),
         (
             _core(mu=jax.tree.map(lambda x: x.astype(jnp.int32), _STATE[1][0].mu)),
             _like(),
@@ -578,7 +577,7 @@ def _core(**changes):
             _core(mu={**_STATE[1][0].mu, "b": None}),
             (_like()[0], _like()[1]._replace(mu={**_like()[1].mu, "b": None})),
             ValueError,
-            r"like\[1\]\.mu and like\[1\]\.nu differ in structure",
+            r"state\[1\]\.mu and state\[1\]\.nu differ in structure",
         ),
         (
             jax.eval_shape(_SCHEDULED.init, _PARAMS),

@@ -9,17 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.tree_util import keystr, tree_flatten_with_path, tree_leaves_with_path
 
-from adamaxw import (
-    _conversion,
-    _formats,
-    _hyperparameters,
-    _leaves,
-    _paths,
-    _places,
-    _rounding,
-    _torch,
-)
+from adamaxw import _conversion, _formats, _leaves, _paths, _places, _rounding, _torch
+from adamaxw._hyperparameters import checked
 from adamaxw._optimizer import AdamaxState
 
 
@@ -99,15 +92,14 @@ def pack(
     """
     if not isinstance(moments, Moments):
         raise TypeError(f"moments must be Moments, as unpack returns, got {type(moments).__name__}")
-    count = moments.count
-    _leaves.check_count("count", count)
+    _leaves.check_count("count", moments.count)
     fmt = _formats.named(moment_dtype)
-    eps = _hyperparameters.checked("eps", eps)
+    eps = checked("eps", eps)
     _formats.check_eps(fmt, eps)
     unit = jnp.asarray(eps, jnp.float32)
 
     def widen(path: Any, m: Any, u: Any) -> tuple[Any, Any]:
-        name = jax.tree_util.keystr(path)
+        name = keystr(path)
         is_inexact = jnp.issubdtype(m.dtype, jnp.inexact) and jnp.issubdtype(u.dtype, jnp.floating)
         if not is_inexact or fmt.dtypes(m.dtype) is None:
             raise TypeError(
@@ -131,12 +123,11 @@ def pack(
         top = jnp.max(jnp.stack([jnp.float32(0), *largest]))
         scale = fmt.rescale(top, unit)
 
-    def encode(path: Any, m: Any, u: Any) -> tuple[Any, Any]:
-        del path
+    def encode(_: Any, m: Any, u: Any) -> tuple[Any, Any]:
         return fmt.encode(m, u, scale, _formats.TO_NEAREST)
 
     mu, nu = _leaves.map_moments(encode, mu, nu)
-    count = jnp.asarray(count, jnp.int32)
+    count = jnp.asarray(moments.count, jnp.int32)
     seed = None
     if fmt.is_noisy:
         seed = jnp.zeros((), jnp.uint32) if moments.seed is None else moments.seed
@@ -186,14 +177,14 @@ def convert(state: Any, like: Any) -> Any:
     name = "state"
     if isinstance(state, Moments):
         name, state = "like", _conversion.put(pack(state), goal)
-    for path, x in jax.tree_util.tree_leaves_with_path(state):
+    for path, x in tree_leaves_with_path(state):
         if isinstance(x, jax.ShapeDtypeStruct):
             raise TypeError(
-                f"{name}{jax.tree_util.keystr(path)} must be an array, got {x}; for types alone: "
+                f"{name}{keystr(path)} must be an array, got {x}; for types alone: "
                 "jax.eval_shape(lambda state: convert(state, like), state)"
             )
-    new = _conversion.convert(state, goal, _in_format_of)
-    return jax.tree.structure(like).unflatten(jax.tree.leaves(new))
+    leaves = _conversion.convert(state, goal, _in_format_of)
+    return jax.tree.structure(like).unflatten(leaves)
 
 
 def from_torch(
@@ -239,27 +230,24 @@ def from_torch(
         >>> print(moments.count, moments.nu["kernel"].shape)
         7 (3, 2)
     """
-    return Moments(*_torch.read(state, params, names, {} if transposes is None else transposes))
+    return Moments(*_torch.read(state, params, names, transposes or {}))
 
 
 def _in_format_of(state: AdamaxState, like: AdamaxState, like_name: str) -> AdamaxState:
     """See `_conversion.Reformat`."""
 
-    def types(state: AdamaxState) -> Any:
-        return state.nu_scale is None, [x.dtype for x in jax.tree.leaves((state.mu, state.nu))]
+    def dtypes(state: AdamaxState) -> list[Any]:
+        return [x.dtype for x in jax.tree.leaves((state.mu, state.nu, state.nu_scale))]
 
-    if types(state) == types(like):
+    if dtypes(state) == dtypes(like):
         return state
     moments = unpack(state)
-    formats = {
-        _leaves.stored_format(m, u)
-        for m, u in zip(jax.tree.leaves(like.mu), jax.tree.leaves(like.nu), strict=True)
-        if _leaves.trains(m, u)
-    }
+    rows = zip(jax.tree.leaves(like.mu), jax.tree.leaves(like.nu), strict=True)
+    formats = {_leaves.stored_format(m, u) for m, u in rows if _leaves.trains(m, u)}
     if not formats:
         return state._replace(nu_scale=like.nu_scale)
-    fmt = formats.pop()
-    if formats or fmt is None or fmt.has_scale != (like.nu_scale is not None):
+    fmt, *others = formats
+    if others or fmt is None or fmt.has_scale != (like.nu_scale is not None):
         raise TypeError(f"{like_name} is no state that init has made: its moments have no format")
     eps = 1e-8 if like.nu_scale is None else like.nu_scale
     if isinstance(eps, jax.ShapeDtypeStruct):
@@ -267,14 +255,7 @@ def _in_format_of(state: AdamaxState, like: AdamaxState, like_name: str) -> Adam
             f"{like_name}.nu_scale must be an array, which says eps, got {eps}. Without the memory "
             "for a state: jax.jit(lambda state, params: convert(state, opt.init(params)))"
         )
-    new = pack(moments, fmt.name, eps if isinstance(eps, Tracer) else float(eps))
-
-    def cast(x: Any, y: Any) -> Any:
-        return x.astype(y.dtype)
-
-    return new._replace(
-        mu=jax.tree.map(cast, new.mu, like.mu), nu=jax.tree.map(cast, new.nu, like.nu)
-    )
+    return pack(moments, fmt.name, eps if isinstance(eps, Tracer) else float(eps))
 
 
 def restart(state: Any) -> Any:
@@ -334,21 +315,18 @@ def master_params(params: Any, state: AdamaxState) -> Any:
         return params
 
     _leaves.check_structures("params", params, "state.residual", state.residual)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    leaves, treedef = tree_flatten_with_path(params)
     new = []
     for (path, p), residual in zip(leaves, jax.tree.leaves(state.residual), strict=True):
-        name, kept = jax.tree_util.keystr(path), getattr(residual, "dtype", None)
-        if kept == jnp.int16:
-            if not _leaves.is_array(p, jnp.bfloat16, residual.shape):
-                raise ValueError(
-                    f"params{name} must be bfloat16 of shape {residual.shape}, like its residual, "
-                    f"got {_leaves.describe(p)}"
-                )
+        shape = getattr(residual, "shape", ())
+        if _leaves.is_array(p, jnp.bfloat16, shape) and _leaves.is_array(
+            residual, jnp.int16, shape
+        ):
             p = _rounding.join(_places.lie_like(p, residual), residual)
-        elif kept != jnp.int8:
+        elif not _leaves.is_array(residual, jnp.int8, shape):
             raise ValueError(
-                f"state.residual{name} must be int16, or int8 where there is none, got "
-                f"{_leaves.describe(residual)}"
+                f"params{keystr(path)} must be bfloat16 of shape {shape}, like its residual, which "
+                f"is int16, got {_leaves.describe(p)} and {_leaves.describe(residual)}"
             )
         new.append(p)
     return treedef.unflatten(new)
