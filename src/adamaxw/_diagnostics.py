@@ -147,35 +147,23 @@ def _narrow(updates: Any, params: Any) -> Iterator[tuple[str | None, jax.Array, 
 
 def _trained(state: Any, floor: Any) -> Iterator[tuple[str | None, float, dict[str, jax.Array]]]:
     """The first key of each leaf that trains, its size and fractions."""
-    states = jax.tree.leaves(_paths.pure(state), is_leaf=_is_state)
-    states = [x for x in states if _is_state(x)]
+    nodes = jax.tree.leaves(_paths.pure(state), is_leaf=_is_state)
+    states = [node for node in nodes if _is_state(node)]
     if not states:
         raise TypeError(
             f"state must be an AdamaxState or hold one; there is none in this "
             f"{type(state).__name__}"
         )
     for s in states:
-        for path, mu, nu in _rows(s):
-            fmt = _leaves.format_of(path, mu, nu, s.nu_scale)
-            if not mu.size:
+        for path, mu, nu in _leaves.moment_rows(s.mu, s.nu):
+            if not mu.size or not _leaves.trains(mu, nu):
                 continue
+            fmt = _leaves.format_of(path, mu, nu, s.nu_scale)
             _, u = fmt.decode(mu, nu, s.nu_scale, jnp.float32)
-            at_floor = u.astype(jnp.float32) <= floor
-            chosen = {"at_floor": at_floor} | fmt.saturated(mu, nu)
+            chosen = {"at_floor": u.astype(jnp.float32) <= floor} | fmt.saturated(mu, nu)
             # A number of elements may be larger than an int32.
             size = float(mu.size)
             yield _first(path), size, {k: jnp.mean(x, dtype=jnp.float32) for k, x in chosen.items()}
-
-
-def _rows(state: AdamaxState) -> list[tuple[Any, Any, Any]]:
-    rows = []
-
-    def keep(*row: Any) -> Any:
-        rows.append(row)
-        return row[1:]
-
-    _leaves.map_moments(keep, state.mu, state.nu)
-    return rows
 
 
 def _first(path: jax.tree_util.KeyPath) -> str | None:

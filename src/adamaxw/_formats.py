@@ -137,12 +137,10 @@ class BFloat16(Format):
     is_noisy: ClassVar[bool] = True
 
     def dtypes(self, dtype: Any) -> tuple[Any, Any] | None:
-        """See `Format`."""
         is_real = jnp.issubdtype(dtype, jnp.floating)
         return (jnp.bfloat16, jnp.bfloat16) if is_real else None
 
     def rescale(self, scale: jax.Array, eps: jax.Array) -> jax.Array | None:
-        """See `Format`."""
         del eps
         fixed = lax.stop_gradient(jnp.where(scale == 0, 1.0, scale))
         fraction, _ = jnp.frexp(fixed)  # in [1/2, 1)
@@ -152,7 +150,6 @@ class BFloat16(Format):
 
     @partial(jax.jit, static_argnums=0)
     def encode(self, m: jax.Array, u: jax.Array, scale: Any, noise: Any) -> tuple[Any, Any]:
-        """See `Format`."""
         # A quarter of the largest number: 1 / scale may double it, and rounding adds to that.
         m, u = (_clip_finite(x, 2.0**126).astype(jnp.float32) for x in (m, u))
         w = (u * (1 / scale)).astype(jnp.bfloat16)
@@ -191,18 +188,15 @@ class Logarithmic(Format):
     is_noisy: ClassVar[bool] = True
 
     def dtypes(self, dtype: Any) -> tuple[Any, Any] | None:
-        """See `Format`."""
         return (jnp.int8, jnp.uint8) if jnp.issubdtype(dtype, jnp.floating) else None
 
     def rescale(self, scale: jax.Array, eps: jax.Array) -> jax.Array | None:
-        """See `Format`."""
         steps = jnp.round(self.levels * jnp.log2(eps / scale))
         moved = scale * jnp.exp2(steps / self.levels)
         return jnp.where((scale > 0) & (moved > 0) & (moved < jnp.inf), moved, eps)
 
     @partial(jax.jit, static_argnums=0)
     def encode(self, m: jax.Array, u: jax.Array, scale: Any, noise: Any) -> tuple[Any, Any]:
-        """See `Format`."""
         if m.dtype == jnp.float64:
             m, u = (_clip_finite(x, 2.0**126) for x in (m, u))
         m, u = m.astype(jnp.float32), u.astype(jnp.float32)
@@ -214,12 +208,10 @@ class Logarithmic(Format):
 
     @partial(jax.jit, static_argnums=(0, 4))
     def decode(self, mu: jax.Array, nu: jax.Array, scale: Any, dtype: Any) -> tuple[Any, Any]:
-        """See `Format`."""
         u = (jnp.exp2(nu.astype(jnp.float32) / self.levels) * scale).astype(dtype)
         return self.ratio(mu, nu, scale, dtype) * u, u
 
     def ratio(self, mu: jax.Array, nu: jax.Array, scale: Any, dtype: Any) -> jax.Array:
-        """See `Format`."""
         del nu, scale
         square = jnp.where(mu == -128, jnp.nan, self._square(mu))
         return (square * np.float32(self.peak / 127**2)).astype(dtype)
@@ -327,45 +319,36 @@ WIDE = Format()
 FORMATS: tuple[Format, ...] = (WIDE, BFloat16(), Logarithmic())
 
 
-def named(moment_dtype: Any) -> Format:
+def named(moment_dtype: Any, eps: Any = 1e-8) -> Format:
     """The format that a user's `moment_dtype` stands for.
 
     Raises:
-        ValueError: it is none of the three.
+        ValueError: it is none of the three, or eps is known and out of the format's range.
     """
-    is_value = isinstance(moment_dtype, (jax.Array, np.ndarray, np.generic))
-    if not is_value:
+    name = ""  # An array has a dtype too, but is none.
+    if not isinstance(moment_dtype, (jax.Array, np.ndarray, np.generic)):
         try:
             name = None if moment_dtype is None else jnp.dtype(moment_dtype).name
         except TypeError:
             name = ""
-        for candidate in FORMATS:
-            if candidate.name == name:
-                return candidate
-    hint = ""
-    if isinstance(moment_dtype, jax.Array):
+    fmt = next((fmt for fmt in FORMATS if fmt.name == name), None)
+    if fmt is None:
         hint = (
             ". optax.inject_hyperparams calls jnp.uint8 and jnp.bfloat16 as if they were "
             "schedules: write the dtype as a string there"
         )
-    raise ValueError(
-        "moment_dtype must be None (float32, or float64 for float64 parameters), bfloat16 or "
-        f"uint8, got {reprlib.repr(moment_dtype)}{hint}"
-    )
-
-
-def check_eps(fmt: Format, eps: Any) -> None:
-    """Refuses an eps that does not go with a format; a traced one passes.
-
-    Raises:
-        ValueError: naming the range.
-    """
+        raise ValueError(
+            "moment_dtype must be None (float32, or float64 for float64 parameters), bfloat16 or "
+            f"uint8, got {reprlib.repr(moment_dtype)}"
+            + (hint if isinstance(moment_dtype, jax.Array) else "")
+        )
     low, high = fmt.eps_range
     if not isinstance(eps, Tracer) and not np.float32(low) <= np.float32(eps) <= np.float32(high):
         raise ValueError(
             f"eps must be from {low:g} to {high:g} with moment_dtype={fmt.name}, or the norms of "
             f"ordinary gradients are out of its range, got {eps}"
         )
+    return fmt
 
 
 def round_to_bfloat16(x: jax.Array, noise: Any) -> jax.Array:

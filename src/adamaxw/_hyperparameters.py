@@ -30,7 +30,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[np.float32], Any]]] = {
 
 
 def checked(name: str, value: Any, label: str = "") -> Scalar:
-    """Returns `value` as a Python float or a scalar array, or refuses it.
+    """Returns `value` as a Python float or an array of shape (), or refuses it.
 
     Args:
         name: the hyperparameter's name.
@@ -41,14 +41,14 @@ def checked(name: str, value: Any, label: str = "") -> Scalar:
         TypeError: it is none of these, or its dtype is complex, boolean or narrower than float32.
         ValueError: its shape is not (), or it is out of bounds (not checked where traced).
     """
-    scalar = as_scalar(label or name, value, "" if label else _INJECTED)
+    scalar = _as_scalar(label or name, value, "" if label else _INJECTED)
     if isinstance(scalar, Tracer):
         return scalar
     allowed, is_allowed = _ALLOWED[name]
-    known = np.asarray(scalar)  # Comparing an array of JAX is traced, too, in a function that is.
+    known = np.asarray(scalar)  # In a traced function, comparing an array of JAX is traced too.
     with np.errstate(over="ignore", under="ignore"):
         rounded = np.float32(known)
-    # What is so little below 0 is 0 in float32, and has no logarithm.
+    # A tiny negative number rounds to 0 in float32, but has no logarithm.
     if not is_allowed(rounded) or known < 0:
         ascent = "; for gradient ascent, chain optax.scale(-1.) before the optimizer"
         raise ValueError(
@@ -72,24 +72,9 @@ def at(name: str, value: Any, count: jax.Array) -> Scalar:
     return checked(name, value(count), f"{name}(count)") if callable(value) else value
 
 
-def as_scalar(name: str, value: Any, hint: str = "") -> Scalar:
-    """`value` as a Python float, or as an array of shape () in the widest enabled float dtype.
-
-    Args:
-        name: what the errors call it.
-        value: see `checked`.
-        hint: what else to say of a dtype that is too narrow.
-
-    Raises:
-        TypeError, ValueError: see `checked`.
-    """
+def _as_scalar(name: str, value: Any, hint: str) -> Scalar:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:
-            raise ValueError(
-                f"{name} must be a number of at most 1.8e308, got {reprlib.repr(value)}"
-            ) from None
+        return float(value)
     if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
         schedule = ""
         if name in ("learning_rate", "weight_decay"):
@@ -101,13 +86,12 @@ def as_scalar(name: str, value: Any, hint: str = "") -> Scalar:
         )
     if value.shape != ():
         raise ValueError(f"{name} must have shape (), got an array of shape {value.shape}")
-    if jnp.issubdtype(value.dtype, jnp.floating) and jnp.finfo(value.dtype).bits < 32:
+    is_floating = jnp.issubdtype(value.dtype, jnp.floating)
+    if is_floating and value.dtype.itemsize < 4:
         raise TypeError(
             f"{name} came as {value.dtype}, which is too coarse for a hyperparameter (0.999 is 1 "
             f"in bfloat16, 1e-8 is 0 in float16): pass float32{hint}"
         )
-    is_real = jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
-    # NumPy counts spans of time among the integers.
-    if not is_real or isinstance(value.dtype, np.dtypes.TimeDelta64DType):
+    if not is_floating and not jnp.issubdtype(value.dtype, jnp.integer):
         raise TypeError(f"{name} must be real, got an array of dtype {value.dtype}")
     return value.astype(jnp.result_type(float)) if isinstance(value, jax.Array) else float(value)

@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from adamaxw._formats import FORMATS, Format
 from adamaxw._rounding import NEAREST, ParamRounding, Rounding
+
+_TRAINED = ("real", "complex")
 
 
 @jax.tree_util.register_dataclass
@@ -85,10 +86,7 @@ def _state_dtypes(name: str, p: Any, fmt: Format, param_rounding: ParamRounding)
             "optax.contrib.split_real_and_imaginary, or pass moment_dtype=None, with "
             "optax.partition for this parameter alone"
         )
-    rounding = param_rounding.of(dtype)
-    if rounding is None:
-        raise _not_rounded(name, param_rounding, dtype)
-    return *dtypes, rounding.residual_dtype
+    return *dtypes, _rounding_of(name, dtype, param_rounding).residual_dtype
 
 
 def columns(treedef: Any, rows: list[Any], number: int) -> list[Any]:
@@ -128,7 +126,7 @@ def side_by_side(
     mu, nu, residual = moments
     if updates is None and mu is not None:
         raise ValueError("gradients are None; a tree in the structure of params is needed")
-    gradients, treedef = jax.tree.flatten(updates, is_leaf=_is_none)
+    gradients, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_none)
 
     def leaves(name: str, tree: Any) -> list[Any]:
         return check_prefix("gradients", updates, name, tree, _is_none)
@@ -142,52 +140,89 @@ def side_by_side(
     )
     flags = iter(decays)
     rows = []
-    for index, (g, m, u, r, p) in enumerate(zip(gradients, *columns, strict=True)):
+    for (path, g), m, u, r, p in zip(gradients, *columns, strict=True):
         # Where the gradient is None, params may have a subtree.
         decay = sum(next(flags) for _ in jax.tree.leaves(p)) > 0
-        if g is None:
-            rows.append(Leaf(g, m, u, r, p, decay, None))
-            continue
-        g, p = as_array(g), as_array(p)
-        kind = _stored_kind(m, u, fmt)
-        if kind == "integer" and params is not None and _kind(p) in ("real", "complex"):
-            kind = None
-        if kind is not None and not _fits(g, m, kind):
-            raise _misfit("gradients", updates, index, g, m, kind)
-        if kind is not None and params is not None and not _fits(p, m, kind):
-            raise _misfit("params", updates, index, p, m, kind)
-        if kind is None or u.shape != m.shape:
-            raise _spoiled(updates, index, g, m, u, fmt)
         how = None
-        if kind != "integer":
-            # Without params nothing is rounded.
-            dtype = g.dtype if params is None else p.dtype
-            how = param_rounding.of(dtype)
-            if how is None:
-                raise _not_rounded(f"params{_path(updates, index)}", param_rounding, dtype)
-            fits = is_array(r, how.residual_dtype, m.shape)
-            if not fits and (r is not None or how.residual_dtype != NEAREST.residual_dtype):
-                raise _misfit_residual(updates, index, p, r, how)
+        if g is not None:
+            g, p = as_array(g), as_array(p)
+            where = jax.tree_util.keystr(path)
+            given = {"gradients": g} if params is None else {"gradients": g, "params": p}
+            if _kind_of_row(where, given, m, u, fmt) != "integer":
+                how = _rounding_of_row(where, g, r, p, param_rounding)
         rows.append(Leaf(g, m, u, r, p, decay, how))
     return treedef, rows
 
 
-def map_moments(function: Callable[[Any, Any, Any], tuple[Any, Any]], mu: Any, nu: Any) -> Any:
-    """Maps two moments of each leaf that trains to two others; the other leaves stay.
+def _kind_of_row(path: str, given: dict[str, Any], m: Any, u: Any, fmt: Format) -> str:
+    """The kind of a parameter, on which its moments and what is given of it must agree."""
+    if not jax.tree_util.all_leaves([m]):
+        raise ValueError(f"gradients{path} is a leaf where params had a subtree at init")
+    kind, kinds = _stored_kind(m, u, fmt), {name: _kind(x) for name, x in given.items()}
+    is_cast = kind == "integer" and kinds.get("params") in _TRAINED
+    if kind is None or is_cast or m.shape != u.shape:
+        g = given["gradients"]
+        dtypes = fmt.dtypes(g.dtype if kinds["gradients"] in _TRAINED else jnp.float32) or ()
+        expected = " and ".join(jnp.dtype(dtype).name for dtype in dtypes)
+        hint = "A state made with another moment_dtype is converted by adamaxw.moments.convert"
+        if getattr(m, "dtype", None) == np.dtype("V2"):
+            hint = "np.savez forgets bfloat16: array.view(ml_dtypes.bfloat16) gives it back"
+        raise TypeError(
+            f"state.mu{path} and state.nu{path} must be {expected} of shape {jnp.shape(g)}, as "
+            f"init makes them, got {describe(m)} and {describe(u)}. {hint}"
+        )
+    for name, x in given.items():
+        if kinds[name] != kind or x.shape != m.shape:
+            same_kind = kinds[name] == kind or not jax.tree_util.all_leaves([x])
+            raise (ValueError if same_kind else TypeError)(
+                f"{name}{path} must be {kind} of shape {m.shape}, like the parameter at init, got "
+                f"{describe(x)}"
+            )
+    return kind
 
-    Args:
-        function: of the path, a leaf of `mu` and one of `nu`.
-        mu: a tree of arrays.
-        nu: a tree in the structure of `mu`, with the same shapes.
+
+def _rounding_of_row(path: str, g: Any, r: Any, p: Any, param_rounding: ParamRounding) -> Rounding:
+    """How the new value of a parameter is rounded; its residual is what that needs."""
+    dtype = (g if p is None else p).dtype  # Without params nothing is rounded.
+    how = _rounding_of(f"params{path}", dtype, param_rounding)
+    is_needed = how.residual_dtype != NEAREST.residual_dtype
+    if is_array(r, how.residual_dtype, g.shape) or (r is None and not is_needed):
+        return how
+    if is_needed:
+        raise TypeError(
+            f"state.residual{path} must be int16 of shape {g.shape}, got {describe(r)}: init makes "
+            'it for the bfloat16 params that it is given with param_rounding="exact"'
+        )
+    raise TypeError(
+        f"params{path} came as {dtype}, but state.residual{path} is that of bfloat16 with "
+        'param_rounding="exact": what applies the updates must keep the dtype, as '
+        "optax.apply_updates does; where it cannot, as in flowjax and optimistix, use "
+        '"stochastic". For another param_rounding, use state._replace(residual=None)'
+    )
+
+
+def _rounding_of(name: str, dtype: Any, param_rounding: ParamRounding) -> Rounding:
+    rounding = param_rounding.of(dtype)
+    if rounding is None:
+        raise TypeError(
+            f'{name} is {dtype}, for which param_rounding="{param_rounding.name}" is not defined, '
+            f"but for {', '.join(param_rounding.narrow)}: use optax.partition to give it another"
+        )
+    return rounding
+
+
+def moment_rows(mu: Any, nu: Any) -> list[tuple[Any, Any, Any]]:
+    """The path of each leaf of two trees of moments, and the two arrays.
 
     Raises:
-        ValueError: the trees differ.
+        ValueError: the trees differ, or two leaves in shape.
         TypeError: a leaf is no array of numbers.
     """
     check_structures("mu", mu, "nu", nu)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(mu)
     rows = []
-    for (path, m), u in zip(leaves, jax.tree.leaves(nu), strict=True):
+    for (path, m), u in zip(
+        jax.tree_util.tree_leaves_with_path(mu), jax.tree.leaves(nu), strict=True
+    ):
         m, u = as_array(m), as_array(u)
         name = jax.tree_util.keystr(path)
         if _kind(m) is None or _kind(u) is None:
@@ -196,8 +231,22 @@ def map_moments(function: Callable[[Any, Any, Any], tuple[Any, Any]], mu: Any, n
             )
         if m.shape != u.shape:
             raise ValueError(f"mu{name} has shape {m.shape}, nu{name} has {u.shape}")
-        rows.append(function(path, m, u) if trains(m, u) else (m, u))
-    return columns(treedef, rows, 2)
+        rows.append((path, m, u))
+    return rows
+
+
+def map_moments(function: Callable[[Any, Any, Any], tuple[Any, Any]], mu: Any, nu: Any) -> Any:
+    """Maps two moments of each leaf that trains to two others; the other leaves stay.
+
+    Args:
+        function: of a row of `moment_rows`.
+        mu: a tree of arrays.
+        nu: a tree in the structure of `mu`, with the same shapes.
+    """
+    rows = [
+        (m, u) if not trains(m, u) else function(path, m, u) for path, m, u in moment_rows(mu, nu)
+    ]
+    return columns(jax.tree.structure(mu), rows, 2)
 
 
 def trains(mu: Any, nu: Any) -> bool:
@@ -207,8 +256,7 @@ def trains(mu: Any, nu: Any) -> bool:
 
 def stored_format(mu: Any, nu: Any) -> Format | None:
     """The format of the moments of one leaf; None where it is none."""
-    kinds = (fmt for fmt in FORMATS if _stored_kind(mu, nu, fmt) in ("real", "complex"))
-    return next(kinds, None)
+    return next((fmt for fmt in FORMATS if _stored_kind(mu, nu, fmt) in _TRAINED), None)
 
 
 def format_of(path: Any, mu: Any, nu: Any, nu_scale: Any) -> Format:
@@ -234,37 +282,23 @@ def is_array(x: Any, dtype: Any, shape: tuple[int, ...] = ()) -> bool:
     return _kind(x) is not None and x.dtype == dtype and x.shape == shape
 
 
-def is_integer(x: Any) -> bool:
-    """Whether `x` is an integer, of Python or an array of shape ()."""
-    is_number = isinstance(x, int) or (_kind(x) is not None and x.shape == ())
-    return is_number and (isinstance(x, int) or jnp.issubdtype(x.dtype, jnp.integer))
-
-
 def check_count(name: str, count: Any) -> None:
-    """Refuses what is no number of updates done; of what has no value yet, by its type alone.
+    """Refuses what is no number of updates done.
 
     Raises:
-        TypeError: it is no integer.
-        ValueError: it is negative, or none of int32.
+        TypeError: it is no integer, of Python or an array of shape ().
     """
-    if not is_integer(count):
+    is_scalar = is_numeric(count) and count.shape == ()
+    is_integer = is_scalar and jnp.issubdtype(count.dtype, jnp.integer)
+    if not is_integer and type(count) is not int:
         raise TypeError(f"{name} must be an integer, got {describe(count)}")
-    has_value = not isinstance(count, (Tracer, jax.ShapeDtypeStruct))
-    if has_value and not 0 <= int(count) < 2**31:
-        raise ValueError(f"{name} must satisfy 0 <= count < 2**31, got {count}")
 
 
 def as_array(x: Any) -> Any:
-    """`x` as an array, if it is a number or an array of numbers; else as it is."""
-    if isinstance(x, jax.Array):
-        return x
-    if isinstance(x, (bool, int, float, complex)):
-        try:
-            return jnp.asarray(x)
-        except OverflowError:  # an integer larger than those of JAX
-            return x
-    converts = isinstance(x, (np.ndarray, np.generic)) and _kind(x) in ("real", "complex")
-    return jnp.asarray(x) if converts or hasattr(x, "__jax_array__") else x
+    """`x` as an array of JAX, if it is a number or an array of numbers; else as it is."""
+    is_number = isinstance(x, (bool, int, float, complex)) or hasattr(x, "__jax_array__")
+    is_numpy = isinstance(x, (np.ndarray, np.generic)) and _kind(x) in _TRAINED
+    return jnp.asarray(x) if is_number or is_numpy else x
 
 
 def is_numeric(x: Any) -> bool:
@@ -322,66 +356,6 @@ def describe(x: Any) -> str:
     return f"{x.dtype} of shape {x.shape}" if is_array else reprlib.repr(x)
 
 
-def _path(updates: Any, index: int) -> str:
-    leaves = jax.tree_util.tree_leaves_with_path(updates, is_leaf=_is_none)
-    return jax.tree_util.keystr(leaves[index][0])
-
-
-def _misfit(name: str, updates: Any, index: int, x: Any, m: Any, kind: str) -> Exception:
-    path = f"{name}{_path(updates, index)}"
-    same_kind = _kind(x) == kind or not jax.tree_util.all_leaves([x])
-    return (ValueError if same_kind else TypeError)(
-        f"{path} must be {kind} of shape {m.shape}, like the parameter at init, got {describe(x)}"
-    )
-
-
-def _spoiled(updates: Any, index: int, g: Any, m: Any, u: Any, fmt: Format) -> Exception:
-    path = _path(updates, index)
-    if not jax.tree_util.all_leaves([m]):
-        return ValueError(
-            f"gradients{path} is a leaf where params at init had a subtree: {describe(m)}"
-        )
-    is_inexact = _kind(g) in ("real", "complex")
-    dtypes = (fmt.dtypes(g.dtype) if is_inexact else None) or fmt.dtypes(jnp.float32)
-    expected = " and ".join(str(jnp.dtype(dtype)) for dtype in dtypes or ())
-    hint = "A state made with another moment_dtype is converted by adamaxw.moments.convert"
-    if isinstance(getattr(m, "dtype", None), np.dtype) and m.dtype.type is np.void:
-        hint = "np.savez forgets bfloat16: array.view(ml_dtypes.bfloat16) gives it back"
-    return TypeError(
-        f"state.mu{path} and state.nu{path} must be as init makes them, {expected} of shape "
-        f"{g.shape}, got {describe(m)} and {describe(u)}. {hint}"
-    )
-
-
-def _not_rounded(name: str, param_rounding: ParamRounding, dtype: Any) -> Exception:
-    return TypeError(
-        f'{name} is {dtype}, for which param_rounding="{param_rounding.name}" is not defined, but '
-        f"for {', '.join(param_rounding.narrow)}: use optax.partition to give it another one"
-    )
-
-
-def _misfit_residual(updates: Any, index: int, p: Any, residual: Any, how: Rounding) -> Exception:
-    path = _path(updates, index)
-    if how.residual_dtype == NEAREST.residual_dtype and p is None:
-        return TypeError(
-            f'state.residual{path} belongs to another param_rounding, such as "exact": use that, '
-            "or state._replace(residual=None)"
-        )
-    if how.residual_dtype == NEAREST.residual_dtype:
-        return TypeError(
-            f"params{path} came as {describe(p)}, but its state has a residual, as "
-            'param_rounding="exact" keeps for bfloat16: what applied the updates must keep the '
-            "dtype, as optax.apply_updates does; where it is not yours to change, as in flowjax "
-            'and optimistix, use "stochastic". Another optimizer than the one that made the state '
-            "wants state._replace(residual=None)"
-        )
-    return TypeError(
-        f"state.residual{path} must be {jnp.dtype(how.residual_dtype)} of shape {jnp.shape(p)}, "
-        f"got {describe(residual)}: init makes it for the bfloat16 params it is given with "
-        'param_rounding="exact"'
-    )
-
-
 def _stored_kind(m: Any, u: Any, fmt: Format) -> str | None:
     """What parameters the moments of a leaf belong to; None if no parameter has such moments."""
     return _kind_of_dtypes(m.dtype, u.dtype, fmt) if _kind(m) and _kind(u) else None
@@ -389,22 +363,10 @@ def _stored_kind(m: Any, u: Any, fmt: Format) -> str | None:
 
 @cache
 def _kind_of_dtypes(m: Any, u: Any, fmt: Format) -> str | None:
-    for dtype, kind in _KINDS.items():
+    for dtype in (jnp.float32, jnp.float64, jnp.complex64, jnp.complex128):
         if fmt.dtypes(dtype) == (m, u):
-            return kind
+            return _kind_of_dtype(jnp.dtype(dtype))
     return "integer" if m == u and _kind_of_dtype(m) == "integer" else None
-
-
-_KINDS = {
-    jnp.float32: "real",
-    jnp.float64: "real",
-    jnp.complex64: "complex",
-    jnp.complex128: "complex",
-}
-
-
-def _fits(x: Any, m: Any, kind: str) -> bool:
-    return _kind(x) == kind and x.shape == m.shape
 
 
 def _is_none(x: Any) -> bool:
@@ -413,24 +375,16 @@ def _is_none(x: Any) -> bool:
 
 def _kind(x: Any) -> str | None:
     """Leaves meet only their kind; None for what is no array of numbers."""
-    # What is masked would be lost.
-    if not hasattr(x, "shape") or isinstance(x, np.ma.MaskedArray):
-        return None
-    return _kind_of_dtype(getattr(x, "dtype", None))
+    return _kind_of_dtype(getattr(x, "dtype", None)) if hasattr(x, "shape") else None
 
 
 @cache
 def _kind_of_dtype(dtype: Any) -> str | None:
-    # NumPy's long double, its complex, and spans of time: JAX has none of them.
-    if dtype is None or getattr(dtype, "char", None) in ("g", "G", "m"):
+    if not isinstance(dtype, np.dtype):  # of a key of JAX, or of another library
         return None
-    try:
-        is_real = jnp.issubdtype(dtype, jnp.floating)
-    except TypeError:  # of another library, such as PyTorch
-        return None
-    if is_real:
+    if jnp.issubdtype(dtype, jnp.floating):
         return "real"
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return "complex"
-    is_integer = jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_)
-    return "integer" if is_integer or dtype == jax.dtypes.float0 else None
+    is_integer = jnp.issubdtype(dtype, jnp.integer) or dtype in (np.bool_, jax.dtypes.float0)
+    return "integer" if is_integer else None

@@ -76,13 +76,9 @@ def _as_bool(path: jax.tree_util.KeyPath, leaf: Any) -> bool:
     name = f"mask{jax.tree_util.keystr(path)}"
     # A function that was called by mistake leaves one value in place of the whole tree.
     hint = "" if path else _INJECTED
-    if isinstance(leaf, Tracer):
+    if isinstance(leaf, Tracer) or not _is_boolean(leaf):
         raise TypeError(
-            f"{name} is traced; which leaves decay must be known when the step is compiled: build "
-            f"the mask of Python booleans{hint}"
-        )
-    if not _is_boolean(leaf):
-        raise TypeError(
-            f"{name} must be one boolean for a leaf or subtree, got {describe(leaf)}{hint}"
+            f"{name} must be one boolean for a leaf or subtree, known when the step is compiled, "
+            f"got {'a traced ' * isinstance(leaf, Tracer)}{describe(leaf)}{hint}"
         )
     return bool(leaf)

@@ -1,6 +1,5 @@
 """The gradient transformations: hyperparameters and trees; the formula is in `_rule`."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -9,9 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.export
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.core import Tracer
 
 from adamaxw import _formats, _hyperparameters, _leaves, _masking, _places, _rounding
 from adamaxw._rule import Constants, Decay, Scalar, bias_correction, cast, next_step, shrink
@@ -213,9 +210,8 @@ def _transformation(
     learning_rate = _hyperparameters.checked_or_schedule("learning_rate", learning_rate)
     b1 = _hyperparameters.checked("b1", b1)
     b2 = _hyperparameters.checked("b2", b2)
-    fmt = _formats.named(moment_dtype)
     eps = _hyperparameters.checked("eps", eps)
-    _formats.check_eps(fmt, eps)
+    fmt = _formats.named(moment_dtype, eps)
     constants = Constants(Decay.of(b1), Decay.of(b2), eps)
     rounding = _rounding.named(param_rounding)
 
@@ -234,16 +230,12 @@ def _transformation(
             seed = _rounding.seed_of(params) + jnp.zeros((), jnp.uint32, device=place)
         return AdamaxState(count, mu, nu, nu_scale, residual, seed)
 
-    # Whether some tree had no place for a single call: then places are looked at before another.
-    looks = False
-
     def update(
         updates: Any,
         state: Any,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[Any, Any]:
-        nonlocal looks
         del extra_args
         state = _checked(state, fmt)
         decays = ()
@@ -256,23 +248,15 @@ def _transformation(
             decays = _masking.resolve_mask(False if decay is None else mask, params)
         lr = _hyperparameters.at("learning_rate", learning_rate, state.count)
         wd = 0.0 if decay is None else decay(lr, state.count)
-        settings = _Settings(fmt, rounding, decays)
+        arguments = updates, state, params, lr, wd, constants, fmt, rounding, decays
         # Without jit: one compiled call for the tree. It takes all that it is given to one place,
         # so it is not given leaves without a gradient, which may belong elsewhere.
         treedef = jax.tree.structure(updates)
         trains_all = treedef == jax.tree.structure(state.mu)
         compiles = treedef.num_leaves <= _MOST_LEAVES or not fmt.is_noisy
-        tries = trains_all and compiles and not isinstance(state.count, Tracer)
-        if tries and (not looks or _places.lie_together((updates, state, params))):
-            try:
-                # As arguments, not as constants of the program: others need no other program.
-                scalars = jax.tree.map(_on_device, (lr, wd, constants))
-                return _update_in_one_call(updates, state, params, *scalars, settings)
-            except (TypeError, ValueError, OverflowError):
-                # Leaves of several devices or meshes, which only a call for each can take, or wrong
-                # ones, on which the errors of jit say less than ours.
-                looks = True
-        return _update(updates, state, params, lr, wd, constants, settings)
+        if trains_all and compiles and _places.lie_together((updates, state, params)):
+            return _update_in_one_call(*arguments)
+        return _update(*arguments)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -287,21 +271,22 @@ def _checked(state: Any, fmt: _formats.Format) -> AdamaxState:
             f"state must be the AdamaxState that init returned, got a {type(state).__name__}; "
             + hint
         )
-    count, scale, seed = state.count, state.nu_scale, state.seed
-    if type(count) is int:  # as optax.tree.set may leave it
-        state = state._replace(count=jnp.asarray(count, jnp.int32))
-    elif not any(_leaves.is_array(count, dtype) for dtype in (jnp.int32, jnp.int64)):
-        raise TypeError(f"state.count must be int32 of shape (), got {_leaves.describe(count)}")
-    fits = _leaves.is_array(scale, jnp.float32) if fmt.has_scale else scale is None
-    if not fits:
-        expected = "a float32 scalar" if fmt.has_scale else "None"
-        raise TypeError(
-            f"state.nu_scale must be {expected} with moment_dtype={fmt.name}, got "
-            f"{_leaves.describe(scale)}. A state made with another moment_dtype is converted by "
-            "adamaxw.moments.convert"
-        )
-    if seed is not None and not _leaves.is_array(seed, jnp.uint32):
-        raise TypeError(f"state.seed must be uint32 of shape (), got {_leaves.describe(seed)}")
+    if type(state.count) is int:  # as optax.tree.set may leave it
+        state = state._replace(count=jnp.asarray(state.count, jnp.int32))
+    expected = {
+        "count": (jnp.int32, jnp.int64),
+        "nu_scale": (jnp.float32,) if fmt.has_scale else (None,),
+        "seed": (jnp.uint32, None),
+    }
+    for name, dtypes in expected.items():
+        x = getattr(state, name)
+        if not any(x is None if dtype is None else _leaves.is_array(x, dtype) for dtype in dtypes):
+            words = "None" if dtypes[0] is None else f"{jnp.dtype(dtypes[0])} of shape ()"
+            raise TypeError(
+                f"state.{name} must be {words} with moment_dtype={fmt.name}, got "
+                f"{_leaves.describe(x)}. A state made with another moment_dtype is converted by "
+                "adamaxw.moments.convert"
+            )
     return state
 
 
@@ -309,32 +294,6 @@ def _unit(fmt: _formats.Format, eps: Any) -> Any:
     """The scale of a fresh state. It is a unit alone, so that it is not differentiated."""
     eps = jax.lax.stop_gradient(jnp.asarray(eps, jnp.float32))
     return fmt.rescale(eps, eps)
-
-
-def _on_device(x: Scalar) -> Scalar:
-    """A scalar as compiled code takes it."""
-    return _as_array(x, jnp.result_type(float)) if isinstance(x, float) else x
-
-
-@functools.lru_cache(maxsize=64)  # To convert a few takes as long as a small step.
-def _as_array(x: float, dtype: Any) -> jax.Array:
-    with jax.ensure_compile_time_eval():
-        # Not jnp.asarray, which would tie it to the mesh that is set at the time.
-        return jax.device_put(np.asarray(x, dtype))
-
-
-class _Settings(NamedTuple):
-    """What is known when the update is compiled.
-
-    Attributes:
-        fmt: how moments are stored.
-        rounding: how parameters are rounded.
-        decays: which leaves of params decay; none of none, if they are not needed.
-    """
-
-    fmt: _formats.Format
-    rounding: _rounding.ParamRounding
-    decays: tuple[bool, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -366,7 +325,9 @@ def _update(
     lr: Scalar,
     decay: Scalar,
     constants: Constants,
-    settings: _Settings,
+    fmt: _formats.Format,
+    rounding: _rounding.ParamRounding,
+    decays: tuple[bool, ...],
 ) -> tuple[Any, AdamaxState]:
     """One step of a tree.
 
@@ -377,9 +338,10 @@ def _update(
         lr: the learning rate of this step.
         decay: by what part parameters decay.
         constants: the other hyperparameters.
-        settings: see there.
+        fmt: how moments are stored.
+        rounding: how parameters are rounded.
+        decays: which leaves of params decay; none of none, if they are not needed.
     """
-    fmt, rounding, decays = settings
     moments = state.mu, state.nu, state.residual
     treedef, leaves = _leaves.side_by_side(updates, moments, params, decays, fmt, rounding)
 
@@ -412,7 +374,7 @@ def _update(
     return updates, AdamaxState(count, mu, nu, new_scale, residual, state.seed)
 
 
-_update_in_one_call = jax.jit(_update, static_argnames="settings")
+_update_in_one_call = jax.jit(_update, static_argnames=("fmt", "rounding", "decays"))
 
 
 @jax.jit  # Traced once for all leaves of a shape.

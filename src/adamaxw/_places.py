@@ -64,15 +64,14 @@ def scalar_sharding(params: Any, is_changed: bool) -> Sharding | None:
 
 
 def lie_together(tree: Any) -> bool:
-    """Whether one compiled call can take all of a tree: none traced, none committed elsewhere."""
-    places = set()
+    """Whether one compiled call can take a tree: arrays, not traced, on one device or mesh."""
+    meshes = set()
     for x in jax.tree.leaves(tree):
-        if isinstance(x, Tracer):
+        if not isinstance(x, jax.Array) or isinstance(x, Tracer):
             return False
-        if isinstance(x, jax.Array) and x.committed:
-            place = x.sharding
-            places.add(place.mesh if isinstance(place, NamedSharding) else place)
-    return len(places) <= 1
+        if x.committed:
+            meshes.add(getattr(x.sharding, "mesh", x.sharding))
+    return len(meshes) <= 1
 
 
 def varying_axes(x: Any) -> tuple[str, ...]:

@@ -70,7 +70,6 @@ class Stochastic(Rounding):
     def write(
         self, step: jax.Array, value: Any, p: Any, residual: Any, noise: Any, dtype: Any
     ) -> tuple[jax.Array, Any]:
-        """See `Rounding`."""
         target = (value + step).astype(jnp.float32)
         round_ = round_to_bfloat16 if p.dtype == jnp.bfloat16 else round_to_float16
         new = round_(target, noise).astype(value.dtype)
@@ -90,13 +89,11 @@ class Exact(Rounding):
     residual_dtype: ClassVar[Any] = jnp.int16
 
     def read(self, p: jax.Array, residual: Any, dtype: Any) -> jax.Array:
-        """See `Rounding`."""
         return straight_through(p.astype(dtype), join(p, residual).astype(dtype))
 
     def write(
         self, step: jax.Array, value: Any, p: Any, residual: Any, noise: Any, dtype: Any
     ) -> tuple[jax.Array, Any]:
-        """See `Rounding`."""
         del residual, noise, dtype
         p = p.astype(jnp.float32)
         master = (value + step).astype(jnp.float32)

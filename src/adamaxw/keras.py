@@ -3,7 +3,6 @@
 `import adamaxw` does not import this module, which alone needs Keras.
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,8 @@ import keras
 from adamaxw._optimizer import AdamaxState, adamaxw
 
 # Attributes and arguments of the constructor.
-_OWN = ("beta_1", "beta_2", "epsilon", "moment_dtype", "param_rounding", "scale_decay_by_lr")
+_FORMATS = ("moment_dtype", "param_rounding", "scale_decay_by_lr")
+_OWN = ("beta_1", "beta_2", "epsilon", *_FORMATS, "excluded")
 
 
 @keras.saving.register_keras_serializable(package="adamaxw")
@@ -42,6 +42,8 @@ class Adamaxw(keras.optimizers.Optimizer):
         param_rounding: likewise. It matters where variables are bfloat16 or float16, as with the
             dtype policy "bfloat16"; those of "mixed_bfloat16" are float32.
         scale_decay_by_lr: likewise.
+        excluded: what does not decay, so that it is saved with the model: regular expressions, as
+            `exclude_from_weight_decay` takes them, and indices among the variables that train.
         name: of the optimizer.
         **kwargs: `clipnorm`, `clipvalue`, `global_clipnorm`, `use_ema`, `ema_momentum`,
             `ema_overwrite_frequency`, `loss_scale_factor` and `gradient_accumulation_steps`, as in
@@ -71,6 +73,7 @@ class Adamaxw(keras.optimizers.Optimizer):
         moment_dtype: Any = None,
         param_rounding: str = "nearest",
         scale_decay_by_lr: bool = True,
+        excluded: Sequence[str | int] = (),
         name: str = "adamaxw",
         **kwargs: Any,
     ):
@@ -87,7 +90,8 @@ class Adamaxw(keras.optimizers.Optimizer):
         self.moment_dtype = moment_dtype
         self.param_rounding = param_rounding
         self.scale_decay_by_lr = scale_decay_by_lr
-        self.exclude_from_weight_decay()
+        self.exclude_from_weight_decay(var_names=[x for x in excluded if isinstance(x, str)])
+        self.excluded = list(excluded)
         self._transformation(learning_rate)  # for its errors
         self.moment_dtype = None if moment_dtype is None else jnp.dtype(moment_dtype).name
 
@@ -99,9 +103,7 @@ class Adamaxw(keras.optimizers.Optimizer):
             self.epsilon,
             self.weight_decay or 0.0,
             mask,
-            moment_dtype=self.moment_dtype,
-            param_rounding=self.param_rounding,
-            scale_decay_by_lr=self.scale_decay_by_lr,
+            **{name: getattr(self, name) for name in _FORMATS},
         )
 
     def build(self, variables: list[Any]) -> None:
@@ -110,12 +112,11 @@ class Adamaxw(keras.optimizers.Optimizer):
             return
         state = self._transformation(0.0).init([v.value for v in variables])
         super().build(variables)
-        chosen = {*self._indices, *(i for i, v in enumerate(variables) if id(v) in self._ids)}
-        self._indices = sorted(chosen)
         self._decays = [
-            i not in chosen and not any(re.search(name, v.name) for name in self._var_names)
-            for i, v in enumerate(variables)
+            i not in self.excluded and self._use_weight_decay(v) for i, v in enumerate(variables)
         ]
+        # By index from now on: loading may give variables other names.
+        self.excluded = [i for i, decays in enumerate(self._decays) if not decays]
         leaves, self._treedef = jax.tree_util.tree_flatten_with_path(state)
         self._leaves = []
         for (field, *index), leaf in leaves:
@@ -156,39 +157,23 @@ class Adamaxw(keras.optimizers.Optimizer):
     def exclude_from_weight_decay(
         self, var_list: Sequence[Any] | None = None, var_names: Sequence[str] | None = None
     ) -> None:
-        """Chooses which variables do not decay, in place of an earlier choice.
-
-        Unlike that of Keras's own optimizers, the choice is saved with the model.
+        """Chooses which variables do not decay, as in Keras, in place of an earlier choice.
 
         Args:
-            var_list: variables, or their indices among those that train, as which they are saved
-                once the optimizer is built: loading may give variables other paths.
+            var_list: variables. They are saved with the model once the optimizer is built.
             var_names: regular expressions, searched for in the names of variables.
 
         Raises:
             ValueError: the optimizer is built.
         """
-        if self.built:
+        if self.built:  # Keras itself would not notice
             raise ValueError("exclude_from_weight_decay must be called before build")
-        listed = var_list or ()
-        self._indices = [v for v in listed if isinstance(v, int)]
-        self._ids = [id(v) for v in listed if not isinstance(v, int)]
-        self._var_names = [var_names] if isinstance(var_names, str) else list(var_names or ())
+        self.excluded = [var_names] if isinstance(var_names, str) else list(var_names or ())
+        super().exclude_from_weight_decay(var_list, self.excluded)
 
     def _apply_weight_decay(self, variables: Any) -> None:
         """Nothing: Keras would decay variables before the update step, which does it."""
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments of the constructor, and of `exclude_from_weight_decay`."""
-        own = {name: getattr(self, name) for name in _OWN}
-        excluded = {"var_list": list(self._indices), "var_names": list(self._var_names)}
-        return super().get_config() | own | {"exclude_from_weight_decay": excluded}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "Adamaxw":
-        """The inverse of `get_config`."""
-        config = dict(config)
-        excluded = config.pop("exclude_from_weight_decay", {})
-        optimizer = super().from_config(config, custom_objects)
-        optimizer.exclude_from_weight_decay(**excluded)
-        return optimizer
+        """The arguments of the constructor."""
+        return super().get_config() | {name: getattr(self, name) for name in _OWN}

@@ -7,7 +7,6 @@ arrays, and the states of Flax NNX, whose Variables count as leaves. For them
 """
 
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from adamaxw import _leaves, _masking, _paths
 from adamaxw._table import Table
 
 
-class Mask(ABC):
+class Mask:
     """A function from params to booleans that combines with others: `a & b`, `a | b`, `~a`.
 
     Called with a tree, it returns the tree with a bool in place of each leaf. The other operand of
@@ -63,14 +62,14 @@ class Mask(ABC):
         return _combine("|", other, self)
 
     def __invert__(self) -> "Mask":
-        return _Not(self)
+        return _Combined("~", (self,))
 
     def __bool__(self) -> bool:
         raise TypeError("masks combine with &, | and ~, not with and, or and not")
 
-    @abstractmethod
     def flags_of(self, params: Any) -> list[bool]:
         """A boolean for each leaf."""
+        raise NotImplementedError
 
 
 def rank(minimum: int) -> Mask:
@@ -232,33 +231,23 @@ class _Matching(Mask):
 
 
 @dataclass(frozen=True)
-class _Several(Mask):
-    """Of `a & b & c` or of `a | b | c`, which is the `symbol`."""
+class _Combined(Mask):
+    """`a & b & c`, `a | b | c` or `~a`, by its `symbol`."""
 
     symbol: str
     masks: tuple[Mask, ...]
 
     def __repr__(self) -> str:
-        return f" {self.symbol} ".join(
-            f"({mask})" if isinstance(mask, _Several) and self.symbol == "&" else f"{mask}"
+        shown = [
+            f"({mask})" if isinstance(mask, _Combined) and mask.symbol != "~" else f"{mask}"
             for mask in self.masks
-        )
+        ]
+        return f"~{shown[0]}" if self.symbol == "~" else f" {self.symbol} ".join(shown)
 
     def flags_of(self, params: Any) -> list[bool]:
-        combine = all if self.symbol == "&" else any
-        chosen = [mask.flags_of(params) for mask in self.masks]
-        return [combine(leaf) for leaf in zip(*chosen, strict=True)]
-
-
-@dataclass(frozen=True)
-class _Not(Mask):
-    mask: Mask
-
-    def __repr__(self) -> str:
-        return f"~({self.mask})" if isinstance(self.mask, _Several) else f"~{self.mask}"
-
-    def flags_of(self, params: Any) -> list[bool]:
-        return [not chosen for chosen in self.mask.flags_of(params)]
+        combine = {"&": all, "|": any, "~": lambda leaf: not leaf[0]}[self.symbol]
+        chosen = (mask.flags_of(params) for mask in self.masks)
+        return list(map(combine, zip(*chosen, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -286,11 +275,11 @@ def _combine(symbol: str, *operands: Any) -> Any:
         return NotImplemented
     masks: list[Mask] = []
     for operand in operands:
-        if isinstance(operand, _Several) and operand.symbol == symbol:
+        if isinstance(operand, _Combined) and operand.symbol == symbol:
             masks += operand.masks
         else:
             masks.append(operand if isinstance(operand, Mask) else _Function(operand))
-    return _Several(symbol, tuple(masks))
+    return _Combined(symbol, tuple(masks))
 
 
 def _patterns(name: str, patterns: Any) -> tuple[re.Pattern[str], ...]:
@@ -298,12 +287,9 @@ def _patterns(name: str, patterns: Any) -> tuple[re.Pattern[str], ...]:
         patterns = (patterns,)
     if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
         raise TypeError(f"{name} must be a string or a sequence of strings, got {patterns!r}")
-    compiled = []
-    for pattern in patterns:
-        try:
-            compiled.append(re.compile(pattern))
-        except re.error as error:
-            raise ValueError(
-                f"{name} has {pattern!r}, which is no regular expression: {error}"
-            ) from None
-    return tuple(compiled)
+    try:
+        return tuple(map(re.compile, patterns))
+    except re.error as error:
+        raise ValueError(
+            f"{name} has {error.pattern!r}, which is no regular expression: {error}"
+        ) from None

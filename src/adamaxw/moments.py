@@ -93,9 +93,8 @@ def pack(
     if not isinstance(moments, Moments):
         raise TypeError(f"moments must be Moments, as unpack returns, got {type(moments).__name__}")
     _leaves.check_count("count", moments.count)
-    fmt = _formats.named(moment_dtype)
     eps = checked("eps", eps)
-    _formats.check_eps(fmt, eps)
+    fmt = _formats.named(moment_dtype, eps)
     unit = jnp.asarray(eps, jnp.float32)
 
     def widen(path: Any, m: Any, u: Any) -> tuple[Any, Any]:
@@ -159,8 +158,7 @@ def convert(state: Any, like: Any) -> Any:
             be kept; names the path.
         ValueError: the trees differ in structure, or leaves in shape; `state` is one of Optax's
             adam, or its schedules do not stand at its count, which values alone tell, so not where
-            they are traced; a residual or a moment has no place in `like`; a count is negative, or
-            none of int32. Names the path.
+            they are traced; a residual or a moment has no place in `like`. Names the path.
 
     Examples:
         >>> import adamaxw

@@ -93,12 +93,6 @@ def of_state(
         found = (beside[end] for end in ends if end in beside)
         return next((sharding for shape, sharding in found if shape == x.shape), everywhere)
 
-    def place(sharding: Any, x: Any, trains: bool = True) -> Any:
-        # Updates of what does not train are its moments, and must lie like the parameter.
-        if axes and trains:
-            sharding = _spread(sharding, x.shape, axes)
-        return sharding if memory_kind is None else sharding.with_memory_kind(memory_kind)
-
     def of_leaf(path: jax.tree_util.KeyPath, x: Any, trains: bool) -> Any:
         sharding = follow(path, x)
         # Updates of what does not train are its moments, and must lie like the parameter.
@@ -283,16 +277,12 @@ def _everywhere(params: Any) -> Any:
                 "jax.jit(init, out_shardings=...).eval_shape() gives have one"
             )
         if _places.is_placed(p):
-            kinds = (NamedSharding, SingleDeviceSharding)
-            if not isinstance(p.sharding, kinds):
-                raise ValueError(
-                    f"{name} must have a NamedSharding or a SingleDeviceSharding, got {p.sharding}"
-                )
             spec = getattr(p.sharding, "spec", None)
-            if getattr(spec, "reduced", None) or getattr(spec, "unreduced", None):
+            is_partial = getattr(spec, "reduced", None) or getattr(spec, "unreduced", None)
+            if is_partial or not isinstance(p.sharding, (NamedSharding, SingleDeviceSharding)):
                 raise ValueError(
-                    f"{name} must not have axes of the mesh that are reduced or unreduced, got "
-                    f"{spec}: call of_state on the params before that"
+                    f"{name} must have a SingleDeviceSharding, or a NamedSharding without reduced "
+                    f"or unreduced axes, got {p.sharding}"
                 )
     found = _places.places(params)
     if len(found) > 1:
