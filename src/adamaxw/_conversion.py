@@ -1,7 +1,7 @@
-"""Two states side by side: where the moments are, ours or Optax's, and what else is kept.
+"""Walks two states side by side, converts moments, ours or Optax's, and keeps everything else.
 
-The state of `optax.adamaxw` and `optax.adamax` is a chain: the moments, then what the weight decay
-and the learning rate keep, each of which is a count or nothing.
+The state of `optax.adamaxw` and `optax.adamax` is a chain: the moments, then the states of the
+weight decay and the learning rate, each of which is a count or empty.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,10 +16,10 @@ from jax.tree_util import keystr, tree_flatten_with_path, tree_leaves_with_path
 from adamaxw import _formats, _leaves
 from adamaxw._optimizer import AdamaxState
 
-# Given the state of `like` and its name, the moments of a state in its format.
+# From `state`, `like` and the name of `like` to `state` with its moments in the format of `like`.
 Reformat = Callable[[AdamaxState, AdamaxState, str], AdamaxState]
 
-# |m_t| <= u_t (1 - b1) / (1 - b1 / b2), see docs/numerics.md. That is at most 2 u_t where the norm
+# |m_t| <= u_t (1 - b1) / (1 - b1 / b2), see docs/numerics.md. That is at most 2 u_t if the norm
 # remembers at least twice as long as the first moment: 1 - b2 <= (1 - b1) / 2.
 _LARGEST_RATIO = 2
 
@@ -30,7 +30,7 @@ _HINT = (
 
 
 def convert(state: Any, like: Any, reformat: Reformat) -> list[Any]:
-    """The leaves of what `moments.convert` returns, in the order of those of `like`."""
+    """The leaves of what `moments.convert` returns, in the order of `like`."""
     leaves = []
     for path, part, other in _side_by_side(state, like):
         if isinstance(part, AdamaxState) or isinstance(other, AdamaxState):
@@ -41,11 +41,7 @@ def convert(state: Any, like: Any, reformat: Reformat) -> list[Any]:
 
 
 def put(moments: AdamaxState, like: Any) -> Any:
-    """`like` with other moments.
-
-    Raises:
-        ValueError: there is not one place for them in `like`, but none or several.
-    """
+    """`like` with other moments, for which it must have exactly one place."""
     leaves, treedef = jax.tree.flatten(like, is_leaf=_has_moments)
     places = [i for i, leaf in enumerate(leaves) if _has_moments(leaf)]
     if len(places) != 1:
@@ -57,10 +53,8 @@ def put(moments: AdamaxState, like: Any) -> Any:
     return treedef.unflatten(leaves)
 
 
-def _side_by_side(
-    state: Any, like: Any, path: tuple[Any, ...] = ()
-) -> Iterator[tuple[tuple[Any, ...], Any, Any]]:
-    """The path in `state`, and what is there in either, of each AdamaxState and each other leaf."""
+def _side_by_side(state: Any, like: Any, path: Any = ()) -> Iterator[tuple[Any, Any, Any]]:
+    """Pairs each AdamaxState, and each other leaf, with its counterpart; the path comes first."""
     if isinstance(state, AdamaxState) or isinstance(like, AdamaxState):
         yield path, state, like
         return
@@ -82,14 +76,11 @@ def _side_by_side(
 
 
 def _nested(state: tuple[Any, ...], like: tuple[Any, ...]) -> Any:
-    """Two chains with as many parts: in one of them, `scale_by_adamax` and more stand for ours.
+    """Aligns two chains, one of which has `scale_by_adamax` and more in place of `adamaxw`.
 
-    As in `chain(clip, scale_by_adamax(), add_decayed_weights(wd), scale_by_learning_rate(lr))`
-    beside `chain(clip, adamaxw(lr, weight_decay=wd))`.
-
-    Returns:
-        The two as dicts by the index in `state`, with those parts as one; or as they are, if they
-        are no such chains.
+    Such as `chain(clip, scale_by_adamax(), add_decayed_weights(wd), scale_by_learning_rate(lr))`
+    and `chain(clip, adamaxw(lr, weight_decay=wd))`. Both become dicts by the index in `state`, with
+    the parts of `adamaxw` as one tuple. Chains that do not fit are returned as they are.
     """
     shorter, longer = sorted((state, like), key=len)
     places = [i for i, part in enumerate(longer) if isinstance(part, optax.ScaleByAdamState)]
@@ -104,7 +95,7 @@ def _nested(state: tuple[Any, ...], like: tuple[Any, ...]) -> Any:
 
 
 def _converted(state: Any, like: Any, reformat: Reformat, where: str) -> list[Any]:
-    """The leaves of `like`, a state of ours or of Optax, with the moments of the other one."""
+    """The leaves of `like`, a state of ours or of Optax, with the moments of `state`."""
     name, other_name = f"state{where}", f"like{where}"
     for each, node in ((name, state), (other_name, like)):
         if not _has_moments(node):
@@ -113,7 +104,7 @@ def _converted(state: Any, like: Any, reformat: Reformat, where: str) -> list[An
             )
     source = _widened(state)
     goal = like if isinstance(like, AdamaxState) else jax.eval_shape(_widened, like)
-    _check_alike({name: source, other_name: goal})
+    _check_alike(name, source, other_name, goal)
     if source is not state:
         _check_optax(name, state)
     new = reformat(source, goal, other_name)
@@ -123,32 +114,37 @@ def _converted(state: Any, like: Any, reformat: Reformat, where: str) -> list[An
         leaf = f"{other_name}{keystr(path)}"
         moments[i] = _cast(leaf, moments[i], x.dtype, is_norm=2 * i >= number)
     count = jnp.asarray(source.count, jnp.int32)
-    residual = _residual(name, source, other_name, goal)
     if goal is not like:
-        # Copies: what is in a state twice cannot be donated.
+        # Copies, because a buffer that is in a state twice cannot be donated.
         return [count, *moments, *(jnp.array(count, x.dtype) for _, x in rows[number:])]
-    seed = None
+    residual, seed = source.residual, None
+    if residual is None:
+        # New residuals are placed like the moments.
+        pairs = zip(jax.tree.leaves(source.mu), jax.tree.leaves(like.residual), strict=False)
+        residual = [jnp.zeros_like(m, dtype=x.dtype) for m, x in pairs]
     if like.seed is not None:
         seed = jnp.zeros_like(count, dtype=jnp.uint32) if source.seed is None else source.seed
     return [count, *moments, *jax.tree.leaves((new.nu_scale, residual, seed))]
 
 
-def _check_alike(states: dict[str, AdamaxState]) -> None:
-    """Refuses two states, by their names, that do not belong to the same parameters."""
+def _check_alike(name: str, state: AdamaxState, other_name: str, like: AdamaxState) -> None:
+    """Refuses states that belong to other parameters, and residuals that would be lost."""
     trees = {}
-    for name, state in states.items():
-        _leaves.check_count(f"{name}.count", state.count)
+    for each, node in ((name, state), (other_name, like)):
+        _leaves.check_count(f"{each}.count", node.count)
         for field, dtype in (("nu_scale", jnp.float32), ("seed", jnp.uint32)):
-            x = getattr(state, field)
+            x = getattr(node, field)
             if x is not None and not _leaves.is_array(x, dtype):
-                raise TypeError(f"{name}.{field} must be as of init, got {_leaves.describe(x)}")
-        trees |= {f"{name}.mu": state.mu, f"{name}.nu": state.nu}
-        if state.residual is not None:
-            trees[f"{name}.residual"] = state.residual
-    (first, mu), *others = trees.items()
-    for there, tree in others:
-        _leaves.check_structures(first, mu, there, tree)
-    paths = [keystr(path) for path, _ in tree_leaves_with_path(mu)]
+                raise TypeError(
+                    f"{each}.{field} must be as init makes it, got {_leaves.describe(x)}"
+                )
+        trees |= {f"{each}.mu": node.mu, f"{each}.nu": node.nu}
+        if node.residual is not None:
+            trees[f"{each}.residual"] = node.residual
+    first = f"{name}.mu"
+    for there, tree in trees.items():
+        _leaves.check_structures(first, state.mu, there, tree)
+    paths = [keystr(path) for path, _ in tree_leaves_with_path(state.mu)]
     for path, *leaves in zip(paths, *map(jax.tree.leaves, trees.values()), strict=True):
         row = dict(zip(trees, leaves, strict=True))
         for there, x in row.items():
@@ -158,10 +154,20 @@ def _check_alike(states: dict[str, AdamaxState]) -> None:
                 raise ValueError(
                     f"{first}{path} has shape {row[first].shape}, {there}{path} has {x.shape}"
                 )
-        kinds = {name: _kind(row[f"{name}.mu"], row[f"{name}.nu"]) for name in states}
-        if len(set(kinds.values())) > 1:
-            told = (f"that of {name} is {kind}" for name, kind in kinds.items())
-            raise TypeError(f"the parameters of mu{path} differ: {', '.join(told)}")
+        kinds = [_kind(row[f"{each}.mu"], row[f"{each}.nu"]) for each in (name, other_name)]
+        if kinds[0] != kinds[1]:
+            raise TypeError(
+                f"{first}{path} is of a parameter that is {kinds[0]}, and {other_name}.mu{path} of "
+                f"one that is {kinds[1]}"
+            )
+        residual, goal = (row.get(f"{each}.residual") for each in (name, other_name))
+        if residual is not None and (goal is None or residual.dtype != goal.dtype):
+            raise ValueError(
+                f"{name}.residual holds the low bits of float32 weights, for which {other_name} "
+                "has no place, or not the same: take the weights from "
+                "adamaxw.moments.master_params and go on with them, or give the bits up by "
+                "state._replace(residual=None)"
+            )
 
 
 def _kind(m: Any, u: Any) -> str:
@@ -170,26 +176,8 @@ def _kind(m: Any, u: Any) -> str:
     return "real" if _leaves.trains(m, u) else str(m.dtype)
 
 
-def _residual(name: str, state: AdamaxState, other_name: str, like: AdamaxState) -> Any:
-    """The residual of `state`; zeros where `like` alone has one."""
-    dtypes, others = (
-        [x.dtype for x in jax.tree.leaves(tree)] for tree in (state.residual, like.residual)
-    )
-    if state.residual is None:
-        # They lie where the moments lie.
-        pairs = zip(jax.tree.leaves(state.mu), others, strict=False)
-        return [jnp.zeros_like(m, dtype=dtype) for m, dtype in pairs]
-    if dtypes != others:
-        raise ValueError(
-            f"{name}.residual holds the low bits of float32 weights, for which {other_name} has no "
-            "place, or not the same: take the weights from adamaxw.moments.master_params and go on "
-            "with them, or give the bits up by state._replace(residual=None)"
-        )
-    return state.residual
-
-
 def _cast(name: str, x: Any, dtype: Any, is_norm: bool) -> Any:
-    """A moment in the dtype of `like`, whose leaf is at `name`."""
+    """A moment in the dtype that `like` has at `name`."""
     y = x.astype(dtype)
     if x.dtype == dtype or isinstance(y, Tracer):
         return y
@@ -205,12 +193,12 @@ def _cast(name: str, x: Any, dtype: Any, is_norm: bool) -> Any:
 
 
 def _kept(x: Any, like: Any, where: str) -> Any:
-    """A leaf that is no moment, as it is."""
+    """Checks that a leaf other than a moment fits `like`, and returns it."""
     if not hasattr(like, "dtype"):
         return x
     is_number = isinstance(x, (bool, int, float, complex))
     if is_number and like.shape == () and jnp.result_type(x, like.dtype) == like.dtype:
-        # Such as a learning rate set by hand: a number has no dtype of its own.
+        # Such as a learning rate set by hand: Python numbers have no dtype of their own.
         return jnp.asarray(x, like.dtype)
     if (getattr(x, "shape", None), getattr(x, "dtype", None)) == (like.shape, like.dtype):
         return x
@@ -229,7 +217,7 @@ def _describe(node: Any) -> str:
 
 
 def _has_moments(node: Any) -> bool:
-    """Whether a node is an AdamaxState, or has the type of what Optax has in its place."""
+    """Whether a node is an AdamaxState or has the type of its counterpart in Optax."""
     moments, *rest = _chain(node)
     if not isinstance(moments, optax.ScaleByAdamState):
         return isinstance(node, AdamaxState)
@@ -237,7 +225,7 @@ def _has_moments(node: Any) -> bool:
 
 
 def _chain(node: Any) -> tuple[Any, ...]:
-    """The parts of a state of Optax, which is that of `scale_by_adamax` alone or of a chain."""
+    """The parts of a state of Optax: a chain, or the state of `scale_by_adamax` alone."""
     return node if type(node) is tuple and node else (node,)
 
 
@@ -250,7 +238,7 @@ def _widened(node: Any) -> AdamaxState:
     def widen(x: Any, part: int) -> Any:
         if not _leaves.is_numeric(x) or not jnp.issubdtype(x.dtype, jnp.inexact):
             return x
-        # Optax's norm of complex parameters is complex, and real in value.
+        # Optax stores the real norms of complex parameters as complex numbers.
         x = jnp.real(x) if part else jnp.asarray(x)
         return x.astype(_formats.WIDE.dtypes(x.dtype)[part])
 
@@ -260,9 +248,9 @@ def _widened(node: Any) -> AdamaxState:
 
 
 def _check_optax(name: str, node: Any) -> None:
-    """Refuses a state of Optax whose schedules stand elsewhere, or whose norms are averages.
+    """Refuses a state whose schedules have other counts, or which is that of Adam.
 
-    Adam has the same type as AdaMax. Only values tell, so that nothing is refused while traced.
+    Adam and AdaMax share a type, so only the values tell: traced states are not checked.
     """
     if any(isinstance(x, Tracer) for x in jax.tree.leaves(node)):
         return
@@ -290,7 +278,6 @@ def _check_optax(name: str, node: Any) -> None:
 @jax.jit
 def _may_be_norm(m: jax.Array, u: jax.Array) -> jax.Array:
     m, u = jnp.abs(m), jnp.real(u)
-    # eps keeps a norm above 0, unless the leaf has had no gradient at all, or it is float16, in
-    # which 1e-8 is 0.
+    # eps keeps norms above 0, unless a leaf never had a gradient, or is float16: 1e-8 is 0 there.
     has_zeros = (u == 0).any() & (u > 0).any() & (jnp.finfo(u.dtype).tiny < 1e-8)
     return ~((m.astype(u.dtype) > _LARGEST_RATIO * u).any() | has_zeros)

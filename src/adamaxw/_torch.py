@@ -50,8 +50,7 @@ def read(
             step, *moments = _parameter(f"state of {name!r}", slots[key])
             steps.setdefault(step, path)
             moments = [_fitted(x, leaf, path, name, transposes.get(path)) for x in moments]
-        is_placed = isinstance(leaf, jax.ShapeDtypeStruct) or getattr(leaf, "committed", False)
-        place = _places.concrete(leaf.sharding) if is_placed else None
+        place = _places.concrete(leaf.sharding) if _places.is_placed(leaf) else None
         rows.append([jax.device_put(x, place) for x in moments])
     unused = [key for key in slots if key not in used]
     if unused:
@@ -71,7 +70,7 @@ def read(
 
 
 def _slots(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What the state has of each parameter, by number or name."""
+    """The slots of each parameter, by its number or name."""
     if "state" in state:
         return {str(key): slots for key, slots in state["state"].items()}
     found: dict[str, Any] = {}
@@ -131,7 +130,7 @@ def _check_array(name: str, x: Any) -> None:
 
 
 def _fitted(x: np.ndarray, leaf: Any, path: str, name: Any, axes: Any) -> np.ndarray:
-    """A moment in the shape and the dtype of arithmetic of a leaf."""
+    """A moment in the shape of a leaf, and in the dtype of its arithmetic."""
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise TypeError(f"params {path!r} is {leaf.dtype}, its moments in state are real")
     turned = ""
