@@ -296,11 +296,18 @@ def _two(step):
     ("state", "params", "names", "transposes", "error", "match"),
     [
         (_one(), _TWO, {"w": 0}, {}, ValueError, r"names must say which parameter is 'b', or None"),
-        (_one(), _ONE, {"w": 5}, {}, ValueError, r"names has 5 for 'w', which state does not .* 0"),
+        (
+            _one(),
+            _ONE,
+            {"w": 5},
+            {},
+            ValueError,
+            r"names has 5 for 'w', which state does not .* '0'",
+        ),
         (_one(), _ONE, {"w": "x.y"}, {}, ValueError, r"names has 'x.y' for 'w', which state does"),
         (_one(), _ONE, {"w": 0, "v": 1}, {}, ValueError, r"names has no leaf .*for \['v'\].* 'w'"),
         (_one(), _ONE, {"w": 0}, {"v": (0,)}, ValueError, r"transposes has no leaf .*for \['v'\]"),
-        (_two(3), _ONE, {"w": 0}, {}, ValueError, r"no leaf of params for \[1\] of state"),
+        (_two(3), _ONE, {"w": 0}, {}, ValueError, r"no leaf of params for \['1'\] of state"),
         (_one(), _TWICE, {"w": 0, "v": 0}, {}, ValueError, r"names has 0 for both 'v' and 'w'"),
         (_two(4), _TWO, {"w": 0, "b": 1}, {}, ValueError, r"steps, got 4 for 'b', 3 for 'w'"),
         (
@@ -319,8 +326,8 @@ def _two(step):
             ValueError,
             r"0 has shape \(3,\), params 'w' has \(2, 3\)",
         ),
-        (_one(), _ONE, {"w": 0}, {"w": (0, 0)}, ValueError, r"\(0, 0\) for 'w'.* no permutation"),
-        (_one(), _ONE, {"w": 0}, {"w": (0,)}, ValueError, r"permutation of the 2 axes of 0"),
+        (_one(), _ONE, {"w": 0}, {"w": (0, 0)}, ValueError, r"transposes has \(0, 0\) for 'w'"),
+        (_one(), _ONE, {"w": 0}, {"w": (0,)}, ValueError, r"for 'w', but 0 has shape \(2, 3\)"),
         (
             {"state": {0: {"step": 1, "exp_avg": 1.0, "exp_avg_sq": 1.0}}},
             _ONE,
@@ -346,10 +353,6 @@ def _two(step):
             r"exp_avg in state of 0 must be a NumPy array, got torch\._Tensor: .*float\(\)\.numpy",
         ),
         (_one(step=_Tensor()), _ONE, {"w": 0}, {}, TypeError, r"step in state of 0 must be a Num"),
-        (_one(step=2.5), _ONE, {"w": 0}, {}, ValueError, r"step in state of 0 must be a whole"),
-        (_one(step=-1), _ONE, {"w": 0}, {}, ValueError, r"must be a whole number, got array\(-1\)"),
-        (_one(step=np.nan), _ONE, {"w": 0}, {}, ValueError, r"must be a whole number"),
-        (_one(step=np.ones(2)), _ONE, {"w": 0}, {}, ValueError, r"must be a whole number"),
         (
             _one(exp_avg=np.ones((2, 3), np.int32)),
             _ONE,
@@ -374,11 +377,9 @@ def _two(step):
             TypeError,
             r"params 'w' is complex64, its moments in state are real",
         ),
-        (_one(), {"w": "abc"}, {"w": 0}, {}, TypeError, r"params 'w' must be an array, got 'abc'"),
-        ([1], _ONE, {"w": 0}, {}, TypeError, r"state must be a dict.* got list"),
+        (_one(), {"w": "abc"}, {"w": 0}, {}, TypeError, r"params 'w' must be a NumPy array.*str"),
         ({"conv.weight": 1.0}, _ONE, {"w": 0}, {}, ValueError, r"the key 'conv.weight', where"),
         ({"state.exp_avg": 1.0}, _ONE, {"w": 0}, {}, ValueError, r"the key 'state.exp_avg', wh"),
-        (_one(), {"a": {"b": 1.0}, "a/b": 1.0}, {}, {}, ValueError, r"have the same path"),
     ],
 )
 def test_what_does_not_fit_is_refused(state, params, names, transposes, error, match):

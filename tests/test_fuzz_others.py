@@ -97,30 +97,38 @@ def _flat_state():
 
 
 _TORCH_PARAMS = {"b": np.zeros(2, np.float32), "w": np.zeros((3, 2), np.float32)}
-_OTHERS = st.sampled_from(
-    ["w", "b", 0, 1, 2, -1, 7.0, 7.5, np.float32(7), np.array([7]), (0,), (0, 1), (1, 0), (-1, 0)]
+_STEPS = st.sampled_from([0, 7.0, np.float32(7), np.array([7]), np.int64(8)])
+_AXES = st.sampled_from([(), (0,), (0, 1), (1, 0)])
+_NAMES = st.sampled_from(["w", "b", "0", "x", 0, 1, 2, -1, None])
+_SLOTS = st.builds(
+    np.ones,
+    st.sampled_from([(), (2,), (2, 3), (3, 2), (2, 3, 1)]),
+    st.sampled_from(["float16", "float32", "float64", jnp.bfloat16, "int32", "complex64"]),
 )
 
 
 @st.composite
-def _changed(draw, tree, depth=3):
-    """Nested dicts and lists with something else somewhere, or a key less, or one more."""
+def _changed(draw, tree):
+    """Nested dicts with another value of its kind somewhere, or a key less, or one more."""
     tree = copy.copy(tree)
-    keys = list(tree) if isinstance(tree, dict) else range(len(tree))
-    kind = draw(st.sampled_from(["inside", "inside", "inside", "value", "less", "more", "whole"]))
-    if kind == "whole" or not keys:
-        return draw(anything | _OTHERS)
-    key = draw(st.sampled_from(list(keys)))
-    if kind == "inside" and isinstance(tree[key], dict | list) and depth:
-        tree[key] = draw(_changed(tree[key], depth - 1))
-    elif kind == "less" and isinstance(tree, dict):
+    key = draw(st.sampled_from(list(tree)))
+    kind = draw(st.sampled_from(["inside", "inside", "inside", "less", "more"]))
+    if kind == "less":
         del tree[key]
-    elif kind == "more" and isinstance(tree, dict):
+    elif kind == "more":
         # Of dicts with keys of several types JAX makes no trees.
         other = ["more", "state.0.more", "x.y.z"] if isinstance(key, str) else [3, "more", None]
         tree[draw(st.sampled_from(other))] = tree[key]
-    else:
-        tree[key] = draw(anything | _OTHERS)
+    elif isinstance(tree[key], dict):
+        tree[key] = draw(_changed(tree[key]))
+    elif str(key).endswith("step"):
+        tree[key] = draw(_STEPS)
+    elif isinstance(tree[key], np.ndarray):
+        tree[key] = draw(_SLOTS)
+    elif isinstance(tree[key], tuple):
+        tree[key] = draw(_AXES)
+    elif not isinstance(tree[key], list):
+        tree[key] = draw(_NAMES)
     return tree
 
 

@@ -1,62 +1,49 @@
-"""Two states of programs side by side: which parts of them are moments, and what is kept.
+"""Walks two states side by side, converts moments, ours or Optax's, and keeps everything else.
 
-Moments may lie anywhere in a tree of wrappers, as states of ours or of Optax.
+The state of `optax.adamaxw` and `optax.adamax` is a chain: the moments, then the states of the
+weight decay and the learning rate, each of which is a count or empty.
 """
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import SequenceKey, keystr
+from jax.core import Tracer
+from jax.tree_util import keystr, tree_flatten_with_path, tree_leaves_with_path
 
-from adamaxw import _leaves, _optax_state
+from adamaxw import _formats, _leaves
 from adamaxw._optimizer import AdamaxState
 
-# From `state` and `like`, whose moments belong to the same parameters and whose residuals are None,
-# to `state` in the format of `like`; given the name of `like` for errors.
+# From `state`, `like` and the name of `like` to `state` with its moments in the format of `like`.
 Reformat = Callable[[AdamaxState, AdamaxState, str], AdamaxState]
 
+# |m_t| <= u_t (1 - b1) / (1 - b1 / b2), see docs/numerics.md. That is at most 2 u_t if the norm
+# remembers at least twice as long as the first moment: 1 - b2 <= (1 - b1) / 2.
+_LARGEST_RATIO = 2
 
-def convert(state: Any, like: Any, reformat: Reformat, path: tuple[Any, ...] = ()) -> Any:
-    """See `moments.convert`.
+_HINT = (
+    ". Both must be as init of an optimizer makes them: restore a checkpoint as "
+    "jax.eval_shape(optimizer.init, params)"
+)
 
-    Args:
-        state: that of the optimizer that ran, or the part of it at `path`.
-        like: what stands there in the other state.
-        reformat: how one `AdamaxState` is converted.
-        path: where in the state.
-    """
-    if isinstance(state, AdamaxState) or isinstance(like, AdamaxState):
-        return _convert_moments(state, like, reformat, keystr(path))
-    if type(state) is type(like) is tuple and len(state) != len(like):
-        return _convert_chain(state, like, reformat, path)
-    parts, treedef = _parts(state)
-    others, other_treedef = _parts(like)
-    if treedef != other_treedef:
-        raise _differ(state, like, keystr(path))
-    if jax.tree_util.treedef_is_leaf(treedef):
-        return _kept(state, like, keystr(path))
-    return treedef.unflatten(
-        convert(part, other, reformat, path + key)
-        for (key, part), (_, other) in zip(parts, others, strict=True)
-    )
+
+def convert(state: Any, like: Any, reformat: Reformat) -> list[Any]:
+    """The leaves of what `moments.convert` returns, in the order of `like`."""
+    leaves = []
+    for path, part, other in _side_by_side(state, like):
+        if isinstance(part, AdamaxState) or isinstance(other, AdamaxState):
+            leaves += _converted(part, other, reformat, keystr(path))
+        else:
+            leaves.append(_kept(part, other, keystr(path)))
+    return leaves
 
 
 def put(moments: AdamaxState, like: Any) -> Any:
-    """`like` with other moments.
-
-    Raises:
-        ValueError: it has not one place for them, but none or several.
-    """
-
-    def is_place(node: Any) -> bool:
-        return isinstance(node, AdamaxState) or _optax_state.is_state(node)
-
-    leaves, treedef = jax.tree.flatten(like, is_leaf=is_place)
-    places = [i for i, leaf in enumerate(leaves) if is_place(leaf)]
+    """`like` with other moments, for which it must have exactly one place."""
+    leaves, treedef = jax.tree.flatten(like, is_leaf=_has_moments)
+    places = [i for i, leaf in enumerate(leaves) if _has_moments(leaf)]
     if len(places) != 1:
         raise ValueError(
             "like must have the state of one adamaxw or adamax for Moments to go to, got "
@@ -66,97 +53,120 @@ def put(moments: AdamaxState, like: Any) -> Any:
     return treedef.unflatten(leaves)
 
 
-def _parts(node: Any) -> tuple[list[Any], Any]:
-    """The parts of a node with their keys, and what the node itself is."""
-    return jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
+def _side_by_side(state: Any, like: Any, path: Any = ()) -> Iterator[tuple[Any, Any, Any]]:
+    """Pairs each AdamaxState, and each other leaf, with its counterpart; the path comes first."""
+    if isinstance(state, AdamaxState) or isinstance(like, AdamaxState):
+        yield path, state, like
+        return
+    if type(state) is type(like) is tuple and len(state) != len(like):
+        state, like = _nested(state, like)
+    parts, treedef = tree_flatten_with_path(state, is_leaf=lambda x: x is not state)
+    others, other_treedef = jax.tree.flatten(like, is_leaf=lambda x: x is not like)
+    if treedef != other_treedef:
+        where = keystr(path)
+        raise ValueError(
+            f"state{where} and like{where} differ in structure: {_describe(state)} and "
+            f"{_describe(like)}{_HINT}"
+        )
+    if jax.tree_util.all_leaves([state]):
+        yield path, state, like
+        return
+    for (key, part), other in zip(parts, others, strict=True):
+        yield from _side_by_side(part, other, path + key)
 
 
-def _convert_chain(state: Any, like: Any, reformat: Reformat, path: tuple[Any, ...]) -> Any:
-    """The same for two chains, one of them longer: `scale_by_adamax` and more stand in it for ours.
+def _nested(state: tuple[Any, ...], like: tuple[Any, ...]) -> Any:
+    """Aligns two chains, one of which has `scale_by_adamax` and more in place of `adamaxw`.
 
-    As in `chain(clip, scale_by_adamax(), add_decayed_weights(wd), scale_by_learning_rate(lr))`
-    beside `chain(clip, adamaxw(lr, weight_decay=wd))`.
+    Such as `chain(clip, scale_by_adamax(), add_decayed_weights(wd), scale_by_learning_rate(lr))`
+    and `chain(clip, adamaxw(lr, weight_decay=wd))`. Both become dicts by the index in `state`, with
+    the parts of `adamaxw` as one tuple. Chains that do not fit are returned as they are.
     """
-    longer, more = max(state, like, key=len), abs(len(state) - len(like))
+    shorter, longer = sorted((state, like), key=len)
     places = [i for i, part in enumerate(longer) if isinstance(part, optax.ScaleByAdamState)]
-    if len(places) != 1 or places[0] + more >= len(longer):
-        raise _differ(state, like, keystr(path))
-    (i,) = places
-    end = i + more + 1
-    nested = (*longer[:i], longer[i:end], *longer[end:])
-    is_state_longer = longer is state
-    keys = [j for j in range(len(state)) if not (is_state_longer and i < j < end)]
-    pairs = zip(nested, like, strict=True) if is_state_longer else zip(state, nested, strict=True)
-    new = [
-        convert(part, other, reformat, (*path, SequenceKey(key)))
-        for key, (part, other) in zip(keys, pairs, strict=True)
-    ]
-    return tuple(new) if is_state_longer else (*new[:i], *new[i], *new[i + 1 :])
+    start = places[0] if len(places) == 1 else len(longer)
+    end = start + 1 + len(longer) - len(shorter)
+    if end > len(longer):
+        return state, like
+    keys = [i for i in range(len(state)) if longer is like or not start < i < end]
+    nested = (*longer[:start], longer[start:end], *longer[end:])
+    chains = (state, nested) if longer is like else (nested, like)
+    return [dict(zip(keys, chain, strict=True)) for chain in chains]
 
 
-def _convert_moments(state: Any, like: Any, reformat: Reformat, where: str) -> Any:
+def _converted(state: Any, like: Any, reformat: Reformat, where: str) -> list[Any]:
+    """The leaves of `like`, a state of ours or of Optax, with the moments of `state`."""
     name, other_name = f"state{where}", f"like{where}"
     for each, node in ((name, state), (other_name, like)):
-        if not isinstance(node, AdamaxState) and not _optax_state.is_state(node):
+        if not _has_moments(node):
             raise TypeError(
-                f"no state of adamaxw or adamax at {each}, but {_describe(node)}{_hint(node)}"
+                f"no state of adamaxw or adamax at {each}, but {_describe(node)}{_HINT}"
             )
-    source = state if isinstance(state, AdamaxState) else _optax_state.widened(state)
-    is_ours = isinstance(like, AdamaxState)
-    goal = like if is_ours else jax.eval_shape(_optax_state.widened, like)
-    count = source.count
-    for each, node in ((name, source), (other_name, goal)):
-        _leaves.check_count(f"{each}.count", node.count)
-        scale = node.nu_scale
-        if scale is not None and not _leaves.is_array(scale, jnp.float32):
-            raise TypeError(
-                f"{each}.nu_scale must be a float32 scalar or None, got {_leaves.describe(scale)}"
-            )
-        for path, x in jax.tree_util.tree_leaves_with_path(node._replace(count=None)):
-            if not _leaves.is_numeric(x):
-                raise TypeError(f"{each}{keystr(path)} must be an array, got {_leaves.describe(x)}")
-    if getattr(count, "dtype", None) != jnp.int32:
-        source = source._replace(count=jnp.asarray(count, jnp.int32))
+    source = _widened(state)
+    goal = like if isinstance(like, AdamaxState) else jax.eval_shape(_widened, like)
     _check_alike(name, source, other_name, goal)
-    if not isinstance(state, AdamaxState):
-        _optax_state.check(name, state)
-    residual, seed = _residual(name, source, other_name, goal), None
-    if goal.seed is not None:
-        seed = source.seed
-        if seed is None:
-            seed = jnp.zeros_like(source.count, dtype=jnp.uint32)
-    new = reformat(source._replace(residual=None), goal._replace(residual=None), other_name)
-    new = new._replace(residual=residual, seed=seed)
-    return new if is_ours else _optax_state.written(other_name, new, like)
+    if source is not state:
+        _check_optax(name, state)
+    new = reformat(source, goal, other_name)
+    moments = jax.tree.leaves((new.mu, new.nu))
+    (_, *rows), number = tree_leaves_with_path(like), len(moments)
+    for i, (path, x) in enumerate(rows[:number]):
+        leaf = f"{other_name}{keystr(path)}"
+        moments[i] = _cast(leaf, moments[i], x.dtype, is_norm=2 * i >= number)
+    count = jnp.asarray(source.count, jnp.int32)
+    if goal is not like:
+        # Copies, because a buffer that is in a state twice cannot be donated.
+        return [count, *moments, *(jnp.array(count, x.dtype) for _, x in rows[number:])]
+    residual, seed = source.residual, None
+    if residual is None:
+        # New residuals are placed like the moments.
+        pairs = zip(jax.tree.leaves(source.mu), jax.tree.leaves(like.residual), strict=False)
+        residual = [jnp.zeros_like(m, dtype=x.dtype) for m, x in pairs]
+    if like.seed is not None:
+        seed = jnp.zeros_like(count, dtype=jnp.uint32) if source.seed is None else source.seed
+    return [count, *moments, *jax.tree.leaves((new.nu_scale, residual, seed))]
 
 
 def _check_alike(name: str, state: AdamaxState, other_name: str, like: AdamaxState) -> None:
-    """Refuses moments that do not belong to the same parameters."""
-    trees = {
-        f"{name}.mu": state.mu,
-        f"{other_name}.mu": like.mu,
-        f"{other_name}.nu": like.nu,
-        f"{name}.nu": state.nu,
-    }
-    for (here, tree), (there, other) in itertools.pairwise(trees.items()):
-        _leaves.check_structures(here, tree, there, other)
-    rows = zip(
-        jax.tree_util.tree_leaves_with_path(state.mu),
-        *map(jax.tree.leaves, (state.nu, like.mu, like.nu)),
-        strict=True,
-    )
-    for (path, m), u, other_m, other_u in rows:
-        leaf = keystr(path)
-        if not m.shape == u.shape == other_m.shape == other_u.shape:
-            raise ValueError(
-                f"{name}.mu{leaf} and .nu{leaf} have shapes {m.shape} and {u.shape}, those of "
-                f"{other_name} {other_m.shape} and {other_u.shape}"
-            )
-        kind, other_kind = _kind(m, u), _kind(other_m, other_u)
-        if kind != other_kind:
+    """Refuses states that belong to other parameters, and residuals that would be lost."""
+    trees = {}
+    for each, node in ((name, state), (other_name, like)):
+        _leaves.check_count(f"{each}.count", node.count)
+        for field, dtype in (("nu_scale", jnp.float32), ("seed", jnp.uint32)):
+            x = getattr(node, field)
+            if x is not None and not _leaves.is_array(x, dtype):
+                raise TypeError(
+                    f"{each}.{field} must be as init makes it, got {_leaves.describe(x)}"
+                )
+        trees |= {f"{each}.mu": node.mu, f"{each}.nu": node.nu}
+        if node.residual is not None:
+            trees[f"{each}.residual"] = node.residual
+    first = f"{name}.mu"
+    for there, tree in trees.items():
+        _leaves.check_structures(first, state.mu, there, tree)
+    paths = [keystr(path) for path, _ in tree_leaves_with_path(state.mu)]
+    for path, *leaves in zip(paths, *map(jax.tree.leaves, trees.values()), strict=True):
+        row = dict(zip(trees, leaves, strict=True))
+        for there, x in row.items():
+            if not _leaves.is_numeric(x):
+                raise TypeError(f"{there}{path} must be an array, got {_leaves.describe(x)}")
+            if x.shape != row[first].shape:
+                raise ValueError(
+                    f"{first}{path} has shape {row[first].shape}, {there}{path} has {x.shape}"
+                )
+        kinds = [_kind(row[f"{each}.mu"], row[f"{each}.nu"]) for each in (name, other_name)]
+        if kinds[0] != kinds[1]:
             raise TypeError(
-                f"{name}.mu{leaf} is {m.dtype}, of a parameter that is {kind}, and "
-                f"{other_name}.mu{leaf} {other_m.dtype}, of one that is {other_kind}"
+                f"{first}{path} is of a parameter that is {kinds[0]}, and {other_name}.mu{path} of "
+                f"one that is {kinds[1]}"
+            )
+        residual, goal = (row.get(f"{each}.residual") for each in (name, other_name))
+        if residual is not None and (goal is None or residual.dtype != goal.dtype):
+            raise ValueError(
+                f"{name}.residual holds the low bits of float32 weights, for which {other_name} "
+                "has no place, or not the same: take the weights from "
+                "adamaxw.moments.master_params and go on with them, or give the bits up by "
+                "state._replace(residual=None)"
             )
 
 
@@ -166,69 +176,36 @@ def _kind(m: Any, u: Any) -> str:
     return "real" if _leaves.trains(m, u) else str(m.dtype)
 
 
-def _residual(name: str, state: AdamaxState, other_name: str, like: AdamaxState) -> Any:
-    """The residual of `state`, zeros where only `like` has one."""
-    old, goal = state.residual, like.residual
-    for each, tree in ((name, old), (other_name, goal)):
-        if tree is None:
-            continue
-        _leaves.check_structures(f"{each}.residual", tree, f"{name}.mu", state.mu)
-        rows = zip(
-            jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(state.mu), strict=True
-        )
-        for (path, x), m in rows:
-            if x.shape != m.shape or x.dtype not in (jnp.int8, jnp.int16):
-                raise TypeError(
-                    f"{each}.residual{keystr(path)} must be int16 of shape {m.shape}, or int8 "
-                    f"where there is none, got {_leaves.describe(x)}"
-                )
-    dtypes, others = ([x.dtype for x in jax.tree.leaves(tree)] for tree in (old, goal))
-    if old is not None and dtypes != others:
+def _cast(name: str, x: Any, dtype: Any, is_norm: bool) -> Any:
+    """A moment in the dtype that `like` has at `name`."""
+    y = x.astype(dtype)
+    if x.dtype == dtype or isinstance(y, Tracer):
+        return y
+    is_lost = jnp.isfinite(x) != jnp.isfinite(y)
+    if is_norm:
+        is_lost |= (x > 0) & (y == 0)
+    if is_lost.any():
         raise ValueError(
-            f"{name}.residual holds the low bits of float32 weights, for which {other_name} has no "
-            "place, or not the same: take the weights from adamaxw.moments.master_params and go on "
-            "with them, or give the bits up by state._replace(residual=None)"
+            f"{name} is {dtype}, which cannot hold all moments of state: the next step would "
+            "divide by zero or infinity. Keep its parameters in float32"
         )
-    if old is not None or goal is None:
-        return old
-    # Like the moments, which lie where the parameters lie.
-    treedef = jax.tree.structure(state.mu)
-    pairs = zip(jax.tree.leaves(state.mu), jax.tree.leaves(goal), strict=True)
-    return treedef.unflatten([jnp.zeros_like(m, dtype=x.dtype) for m, x in pairs])
+    return y
 
 
 def _kept(x: Any, like: Any, where: str) -> Any:
-    """A leaf that is no moment, as it is."""
+    """Checks that a leaf other than a moment fits `like`, and returns it."""
     if not hasattr(like, "dtype"):
         return x
-    if isinstance(x, (bool, int, float, complex)):
-        # Such as a learning rate set by hand: a number has no dtype of its own.
-        if like.shape == () and jnp.result_type(x, like.dtype) == like.dtype:
-            return jnp.asarray(x, like.dtype)
-    elif (getattr(x, "shape", None), getattr(x, "dtype", None)) == (like.shape, like.dtype):
+    is_number = isinstance(x, (bool, int, float, complex))
+    if is_number and like.shape == () and jnp.result_type(x, like.dtype) == like.dtype:
+        # Such as a learning rate set by hand: Python numbers have no dtype of their own.
+        return jnp.asarray(x, like.dtype)
+    if (getattr(x, "shape", None), getattr(x, "dtype", None)) == (like.shape, like.dtype):
         return x
     raise TypeError(
         f"state{where} is no moment and would be kept as it is, but it is {_leaves.describe(x)} "
         f"where like{where} is {_leaves.describe(like)}: replace it in state first"
     )
-
-
-def _differ(state: Any, like: Any, where: str) -> Exception:
-    if type(state) is type(like) and _describe(state) == _describe(like):
-        hint = ", whose static fields differ: pass the states of the optimizers alone"
-    else:
-        hint = _hint(state)
-    return ValueError(
-        f"state{where} and like{where} differ in structure: {_describe(state)} and "
-        f"{_describe(like)}{hint}"
-    )
-
-
-def _hint(node: Any) -> str:
-    """What to say where a checkpoint has come back as plain containers."""
-    if type(node) not in (dict, list):
-        return ""
-    return ". Restore a checkpoint as jax.eval_shape(optimizer.init, params), of the old optimizer"
 
 
 def _describe(node: Any) -> str:
@@ -237,3 +214,70 @@ def _describe(node: Any) -> str:
     if isinstance(node, dict):
         return f"a dict of {', '.join(map(repr, node)) or 'nothing'}"
     return f"a {type(node).__name__}"
+
+
+def _has_moments(node: Any) -> bool:
+    """Whether a node is an AdamaxState or has the type of its counterpart in Optax."""
+    moments, *rest = _chain(node)
+    if not isinstance(moments, optax.ScaleByAdamState):
+        return isinstance(node, AdamaxState)
+    return all(keystr(path).endswith(".count") for path, _ in tree_leaves_with_path(rest))
+
+
+def _chain(node: Any) -> tuple[Any, ...]:
+    """The parts of a state of Optax: a chain, or the state of `scale_by_adamax` alone."""
+    return node if type(node) is tuple and node else (node,)
+
+
+def _widened(node: Any) -> AdamaxState:
+    """The moments of a state of Optax in the format of `moment_dtype=None`; ours as they are."""
+    if isinstance(node, AdamaxState):
+        return node
+    moments = _chain(node)[0]
+
+    def widen(x: Any, part: int) -> Any:
+        if not _leaves.is_numeric(x) or not jnp.issubdtype(x.dtype, jnp.inexact):
+            return x
+        # Optax stores the real norms of complex parameters as complex numbers.
+        x = jnp.real(x) if part else jnp.asarray(x)
+        return x.astype(_formats.WIDE.dtypes(x.dtype)[part])
+
+    mu = jax.tree.map(lambda m: widen(m, 0), moments.mu)
+    nu = jax.tree.map(lambda u: widen(u, 1), moments.nu)
+    return AdamaxState(moments.count, mu, nu)
+
+
+def _check_optax(name: str, node: Any) -> None:
+    """Refuses a state whose schedules have other counts, or which is that of Adam.
+
+    Adam and AdaMax share a type, so only the values tell: traced states are not checked.
+    """
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves(node)):
+        return
+    moments, *rest = _chain(node)
+    count, *others = map(int, jax.tree.leaves((moments.count, rest)))
+    if any(other != count for other in others):
+        raise ValueError(
+            f"{name} has done {count} updates, but its schedules stand at {others}; an AdamaxState "
+            "has one count for all. Set them to the one to go on with, as by "
+            "optax.tree.set(state, count=...)"
+        )
+    rows = zip(tree_leaves_with_path(moments.mu), jax.tree.leaves(moments.nu), strict=True)
+    for (path, m), u in rows:
+        if jnp.issubdtype(u.dtype, jnp.inexact) and not _may_be_norm(m, u):
+            raise ValueError(
+                f"{name} is the state of another optimizer, such as adam or adamw, which have the "
+                f"same type: in nu{keystr(path)} are elements less than half of those in mu, or 0 "
+                "beside others that are not, as in no infinity norm. An average of squares does "
+                "not convert: go on with the state of init, and warm the learning rate up. If nu "
+                "is an infinity norm all the same, put pack(Moments(count, mu, nu)) in place of "
+                f"{name} (both of adamaxw.moments)"
+            )
+
+
+@jax.jit
+def _may_be_norm(m: jax.Array, u: jax.Array) -> jax.Array:
+    m, u = jnp.abs(m), jnp.real(u)
+    # eps keeps norms above 0, unless a leaf never had a gradient, or is float16: 1e-8 is 0 there.
+    has_zeros = (u == 0).any() & (u > 0).any() & (jnp.finfo(u.dtype).tiny < 1e-8)
+    return ~((m.astype(u.dtype) > _LARGEST_RATIO * u).any() | has_zeros)

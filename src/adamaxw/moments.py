@@ -1,6 +1,6 @@
-"""The moments of a state in plain numbers, and conversions between the formats.
+"""The moments of a state in plain numbers, and conversions between formats.
 
-A state describes itself, so that nothing else is asked: not the optimizer, not its arguments.
+A state describes itself, so none of these functions needs the optimizer or its arguments.
 """
 
 from collections.abc import Mapping
@@ -9,30 +9,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.tree_util import keystr, tree_flatten_with_path, tree_leaves_with_path
 
-from adamaxw import (
-    _conversion,
-    _formats,
-    _hyperparameters,
-    _leaves,
-    _paths,
-    _places,
-    _rounding,
-    _torch,
-)
+from adamaxw import _conversion, _formats, _leaves, _paths, _places, _rounding, _torch
+from adamaxw._hyperparameters import checked
 from adamaxw._optimizer import AdamaxState
 
 
 class Moments(NamedTuple):
-    """What a state holds, in plain numbers.
+    """The contents of a state in plain numbers.
 
     Attributes:
         count: int32 scalar, the number of updates done.
-        mu: first moments, a tree in the structure and shapes of params: float32 (float64 or complex
-            where the state has that). Zeros of their dtype for integer and boolean parameters.
+        mu: first moments, a tree with the structure and shapes of params: float32 (float64 or
+            complex where the state is). Zeros of their own dtype for integer and boolean params.
         nu: infinity norms, like `mu`, but real.
-        residual: that of the state, as it is.
-        seed: likewise.
+        residual: the residual of the state, unchanged.
+        seed: the seed of the state, unchanged.
     """
 
     count: Any  # pyright: ignore[reportIncompatibleMethodOverride]  (tuple.count)
@@ -43,18 +36,18 @@ class Moments(NamedTuple):
 
 
 def unpack(state: AdamaxState) -> Moments:
-    """The moments of a state, whatever its format.
+    """Decodes the moments of a state in any format.
 
     Args:
         state: an `AdamaxState`; inside a chain it is one element of the state. It may be traced,
-            and may hold Variables of Flax NNX, which are left out.
+            and may hold Variables of Flax NNX, which the result does not.
 
     Returns:
-        The moments. With `moment_dtype="uint8"`, `nu` is at least about eps, also before the first
-        step, and elements whose gradient was not finite are NaN in `mu`.
+        The moments. With `moment_dtype="uint8"`, `nu` is at least about eps, even before the first
+        step, and `mu` is NaN where a gradient was not finite.
 
     Raises:
-        TypeError: it is no AdamaxState, or a leaf is in no format; names the path.
+        TypeError: `state` is not an AdamaxState, or a leaf is in no format; names the path.
 
     Examples:
         >>> import adamaxw
@@ -78,35 +71,33 @@ def unpack(state: AdamaxState) -> Moments:
 def pack(
     moments: Moments, moment_dtype: Any = None, eps: jax.typing.ArrayLike = 1e-8
 ) -> AdamaxState:
-    """A state in another format, with which to train on; the inverse of `unpack`.
+    """Encodes moments as a state in the given format; the inverse of `unpack`.
 
-    Values are rounded to the nearest. `pack(unpack(state), moment_dtype)` of a state that is in
-    that format already gives it back, except that bfloat16 norms are rounded once more, and that
-    `moment_dtype=None` has no seed: the noise of "stochastic" is then that of a seed of 0.
+    Values are rounded to nearest. Unpacked and packed again in its own format, a state stays the
+    same, except that bfloat16 norms are rounded once more, and that `moment_dtype=None` drops the
+    seed: `param_rounding="stochastic"` then draws the noise of seed 0.
 
     Args:
         moments: what `unpack` returns, or `Moments` of your own, in any floating dtypes.
         moment_dtype: None, bfloat16 or uint8, as in `adamaxw.adamaxw`.
-        eps: that of the optimizer which will go on; only uint8 asks for it, which holds no norm
-            below it and none above `eps * 2**42.5`.
+        eps: the eps of the optimizer that will take the state. It matters for uint8 alone, whose
+            norms range from eps to `eps * 2**42.5`.
 
     Returns:
         The state, with float64 moments only where `moments` has them and `moment_dtype` is None.
 
     Raises:
-        TypeError: `moments` is no Moments, or a leaf does not fit the format; names the path.
+        TypeError: `moments` is not a Moments, or a leaf does not fit the format; names the path.
         ValueError: `moment_dtype` is none of the three, eps is out of bounds, or the trees differ.
     """
     if not isinstance(moments, Moments):
         raise TypeError(f"moments must be Moments, as unpack returns, got {type(moments).__name__}")
-    count = moments.count
-    _leaves.check_count("count", count)
-    eps = _hyperparameters.checked("eps", eps)
+    _leaves.check_count("count", moments.count)
+    eps = checked("eps", eps)
     fmt = _formats.named(moment_dtype, eps)
-    unit = jnp.asarray(eps, jnp.float32)
 
     def widen(path: Any, m: Any, u: Any) -> tuple[Any, Any]:
-        name = jax.tree_util.keystr(path)
+        name = keystr(path)
         is_inexact = jnp.issubdtype(m.dtype, jnp.inexact) and jnp.issubdtype(u.dtype, jnp.floating)
         if not is_inexact or fmt.dtypes(m.dtype) is None:
             raise TypeError(
@@ -114,28 +105,27 @@ def pack(
                 "cannot hold"
             )
         first, norm = _formats.WIDE.dtypes(m.dtype)
-        # What is no norm must show, though its code could not.
+        # A code cannot show that a norm is not finite or negative: the first moment does.
         m = jnp.where(jnp.isfinite(u) & (u >= 0), m.astype(first), jnp.nan)
         return m, u.astype(norm)
 
     mu, nu = _leaves.map_moments(widen, moments.mu, moments.nu)
     scale = None
     if fmt.has_scale:
-        # The largest norm sets the grid: norms that lie on one already stay what they are.
+        # The largest norm sets the grid, so that norms that are on a grid already do not change.
         norms = [x.astype(jnp.float32) for x in _leaves.inexact(nu)]
         largest = [jnp.max(x, initial=0, where=jnp.isfinite(x)) for x in norms]
         if not any(isinstance(x, Tracer) for x in largest) and not _places.lie_together(largest):
-            # Leaves on several devices, which no one call takes.
+            # No single call takes arrays on several devices.
             largest = [jnp.float32(float(x)) for x in largest]
         top = jnp.max(jnp.stack([jnp.float32(0), *largest]))
-        scale = fmt.rescale(top, unit)
+        scale = fmt.rescale(top, jnp.asarray(eps, jnp.float32))
 
-    def encode(path: Any, m: Any, u: Any) -> tuple[Any, Any]:
-        del path
+    def encode(_: Any, m: Any, u: Any) -> tuple[Any, Any]:
         return fmt.encode(m, u, scale, _formats.TO_NEAREST)
 
     mu, nu = _leaves.map_moments(encode, mu, nu)
-    count = jnp.asarray(count, jnp.int32)
+    count = jnp.asarray(moments.count, jnp.int32)
     seed = None
     if fmt.is_noisy:
         seed = jnp.zeros((), jnp.uint32) if moments.seed is None else moments.seed
@@ -143,32 +133,30 @@ def pack(
 
 
 def convert(state: Any, like: Any) -> Any:
-    """The state of the optimizer that ran, for another optimizer to go on with.
+    """Converts the state of one optimizer so that another one can continue the run.
 
-    Moments are converted wherever they lie in a tree of wrappers: states of `adamaxw` and `adamax`,
-    ours in any format and Optax's, in either direction. Everything else is kept as it is, such as
-    what `optax.MultiSteps` has accumulated and the hyperparameters of `optax.inject_hyperparams`.
+    Moments are converted wherever they are in a tree of wrappers: states of `adamaxw` and `adamax`,
+    ours in any format and Optax's, in either direction. Everything else is kept, such as what
+    `optax.MultiSteps` has accumulated and the hyperparameters of `optax.inject_hyperparams`.
 
     Args:
-        state: the state of the optimizer that ran. It may be traced. `Moments` go to the one place
-            in `like` that is for moments, where everything else is taken from `like`.
-        like: a state that `init` of the optimizer that goes on has made for the same parameters.
-            Of its values only `nu_scale` is used, which says eps, and must be an array, traced too
-            (it is None with `moment_dtype=None`); the others may be `jax.ShapeDtypeStruct`.
+        state: the state of the old optimizer; it may be traced. Or `Moments`, which replace those
+            of the one AdaMax in `like`; everything else is then taken from `like`.
+        like: what `init` of the new optimizer returns for the same parameters. Only the value of
+            `nu_scale` is used, for eps: unless `moment_dtype` is None it must be an array, which
+            may be traced. All other leaves may be `jax.ShapeDtypeStruct`.
 
     Returns:
-        The state in the structure and dtypes of `like`; arrays lie where those of `state` lie, and
-        may be those of `state`, or of `like` where it is Moments: do not donate both. Values are
-        rounded to the nearest; a format that stays is not rounded. A residual is kept, or starts
-        from zeros where `state` has none.
+        The state, with the structure and dtypes of `like` and the shardings of `state`. It may
+        share arrays with `state` (with `like` for Moments): do not donate both. Values are rounded
+        to nearest, or not at all if the format stays. A residual is kept; a new one is zeros.
 
     Raises:
-        TypeError: at a place of moments is the state of another optimizer, or a leaf that cannot
-            be kept; names the path.
-        ValueError: the trees differ in structure, or leaves in shape; `state` is one of Optax's
-            adam, or its schedules do not stand at its count, which values alone tell, so not where
-            they are traced; a residual or a moment has no place in `like`; a count is negative, or
-            none of int32. Names the path.
+        TypeError: where one state has moments, the other is that of another optimizer; or a leaf
+            cannot be kept. Names the path.
+        ValueError: the trees differ in structure, or leaves in shape; `like` has no room for a
+            residual or a moment; or, unless traced, `state` is that of Optax's adam, or its
+            schedules have another count than its moments. Names the path.
 
     Examples:
         >>> import adamaxw
@@ -185,14 +173,14 @@ def convert(state: Any, like: Any) -> Any:
     name = "state"
     if isinstance(state, Moments):
         name, state = "like", _conversion.put(pack(state), goal)
-    for path, x in jax.tree_util.tree_leaves_with_path(state):
+    for path, x in tree_leaves_with_path(state):
         if isinstance(x, jax.ShapeDtypeStruct):
             raise TypeError(
-                f"{name}{jax.tree_util.keystr(path)} must be an array, got {x}; for types alone: "
+                f"{name}{keystr(path)} must be an array, got {x}; for types alone: "
                 "jax.eval_shape(lambda state: convert(state, like), state)"
             )
-    new = _conversion.convert(state, goal, _in_format_of)
-    return jax.tree.structure(like).unflatten(jax.tree.leaves(new))
+    leaves = _conversion.convert(state, goal, _in_format_of)
+    return jax.tree.structure(like).unflatten(leaves)
 
 
 def from_torch(
@@ -201,31 +189,28 @@ def from_torch(
     names: Mapping[str, int | str | None],
     transposes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Moments:
-    """The moments in a state of `torch.optim.Adamax`.
+    """Reads the moments from the state of a `torch.optim.Adamax`.
 
     Args:
-        state: its `state_dict()`, with `tensor.float().numpy()` in place of each tensor; or a dict
-            without dicts in it, as from `safetensors.numpy.load_file`, with keys such as
-            "state.0.exp_avg" or "state.dense.weight.exp_avg", that end in exp_avg, exp_inf and
-            step. docs/conversions.md has the lines that write either.
+        state: its `state_dict()`, with `tensor.float().numpy()` in place of each tensor; or a flat
+            dict, as from `safetensors.numpy.load_file`, with keys such as "state.0.exp_avg" or
+            "state.dense.weight.exp_avg", which end in exp_avg, exp_inf and step.
+            docs/conversions.md has the lines that write either.
         params: the parameters, arrays or `jax.ShapeDtypeStruct`.
-        names: which parameter of `state` each leaf of params is: from its path, the keys joined by
-            "/" as in "dense/kernel", to the number of the parameter, or to its name where `state`
-            has names. None: `state` has nothing of it, and it starts from zeros. Integer leaves
-            need no name.
+        names: from the path of each leaf of params, with keys joined by "/" as in "dense/kernel",
+            to the number of its parameter in `state`, or to the name where `state` has names. None
+            if `state` has no such parameter: its moments are zeros. Integer leaves need no name.
         transposes: from the path of a leaf to the axes, as in `np.transpose`, that bring the
             parameter of PyTorch to the shape of the leaf: (1, 0) for a dense kernel of Flax,
-            (2, 3, 1, 0) for one of a convolution.
+            (2, 3, 1, 0) for a convolution kernel.
 
     Returns:
-        The moments, float32 (float64 for float64 params), placed like params: for `convert`, or
-        `pack`.
+        The moments for `convert` or `pack`: float32 (float64 for float64 params), placed as params.
 
     Raises:
-        TypeError: an array is a tensor of PyTorch or something else, or not real.
-        ValueError: names or transposes do not fit params or `state`, with nothing left over in any;
-            a shape differs; parameters have done different numbers of steps; or `state` is one of
-            Adam.
+        TypeError: an array is not a NumPy array, such as a tensor of PyTorch, or it is not real.
+        ValueError: names, transposes, params and `state` do not match, without leftovers; a shape
+            differs; parameters differ in their number of steps; or `state` is that of Adam.
 
     Examples:
         >>> import adamaxw
@@ -238,58 +223,47 @@ def from_torch(
         >>> print(moments.count, moments.nu["kernel"].shape)
         7 (3, 2)
     """
-    return Moments(*_torch.read(state, params, names, {} if transposes is None else transposes))
+    return Moments(*_torch.read(state, params, names, transposes or {}))
 
 
 def _in_format_of(state: AdamaxState, like: AdamaxState, like_name: str) -> AdamaxState:
     """See `_conversion.Reformat`."""
 
-    def types(state: AdamaxState) -> Any:
-        return state.nu_scale is None, [x.dtype for x in jax.tree.leaves((state.mu, state.nu))]
+    def dtypes(state: AdamaxState) -> list[Any]:
+        return [x.dtype for x in jax.tree.leaves((state.mu, state.nu, state.nu_scale))]
 
-    if types(state) == types(like):
+    if dtypes(state) == dtypes(like):
         return state
-    moments = unpack(state)
-    formats = {
-        _leaves.stored_format(m, u)
-        for m, u in zip(jax.tree.leaves(like.mu), jax.tree.leaves(like.nu), strict=True)
-        if _leaves.trains(m, u)
-    }
+    moments, eps = unpack(state), 1e-8 if like.nu_scale is None else like.nu_scale
+    rows = zip(jax.tree.leaves(like.mu), jax.tree.leaves(like.nu), strict=True)
+    formats = {_leaves.stored_format(m, u) for m, u in rows if _leaves.trains(m, u)}
     if not formats:
         return state._replace(nu_scale=like.nu_scale)
-    fmt = formats.pop()
-    if formats or fmt is None or fmt.has_scale != (like.nu_scale is not None):
+    fmt, *others = formats
+    if others or fmt is None or fmt.has_scale != (like.nu_scale is not None):
         raise TypeError(f"{like_name} is no state that init has made: its moments have no format")
-    eps = 1e-8 if like.nu_scale is None else like.nu_scale
     if isinstance(eps, jax.ShapeDtypeStruct):
         raise TypeError(
             f"{like_name}.nu_scale must be an array, which says eps, got {eps}. Without the memory "
             "for a state: jax.jit(lambda state, params: convert(state, opt.init(params)))"
         )
-    new = pack(moments, fmt.name, eps if isinstance(eps, Tracer) else float(eps))
-
-    def cast(x: Any, y: Any) -> Any:
-        return x.astype(y.dtype)
-
-    return new._replace(
-        mu=jax.tree.map(cast, new.mu, like.mu), nu=jax.tree.map(cast, new.nu, like.nu)
-    )
+    return pack(moments, fmt.name, eps if isinstance(eps, Tracer) else float(eps))
 
 
 def restart(state: Any) -> Any:
-    """A state to begin anew with, for the parameters as they are: zero moments, a count of 0.
+    """Resets a state in the middle of a run: moments and counts become zero.
 
-    For a run that goes on with a fresh optimizer now and again: a warm restart, the inner loops of
+    For runs that start a fresh optimizer now and again: warm restarts, and the inner loops of
     federated averaging and DiLoCo. Unlike `init`, it keeps the residual of `param_rounding="exact"`
     and with it the low bits of the weights, and draws new noise even if no parameter has changed.
 
     Args:
-        state: an `AdamaxState`, or the state of a wrapper or chain with one or several in it. It
-            may be traced.
+        state: an `AdamaxState`, or the state of a wrapper or chain that contains one or several.
+            It may be traced.
 
     Returns:
-        The state, in the same structure, shapes, dtypes and shardings. What is in no `AdamaxState`
-        is kept, such as what `optax.MultiSteps` has accumulated.
+        The state, with the same structure, shapes, dtypes and shardings. What is outside of any
+        `AdamaxState` is kept, such as what `optax.MultiSteps` has accumulated.
 
     Examples:
         >>> import adamaxw
@@ -315,39 +289,35 @@ def master_params(params: Any, state: AdamaxState) -> Any:
     """The float32 weights of a run with `param_rounding="exact"`.
 
     Args:
-        params: the parameters that go with the state; like it they may hold Variables of Flax NNX,
-            which are left out.
+        params: the parameters that go with the state. Both may hold Variables of Flax NNX, which
+            the result does not.
         state: an `AdamaxState`; inside a chain it is one element of the state.
 
     Returns:
-        params, with float32 in place of each bfloat16 leaf that has a residual. Rounded to bfloat16
-        they are params. Where axes of a mesh are explicit, these leaves lie like the residuals.
+        params, with float32 in place of each bfloat16 leaf that has a residual; rounded to bfloat16
+        they are params again. On meshes with explicit axes, they are sharded like the residuals.
 
     Raises:
-        TypeError: it is no AdamaxState.
-        ValueError: params and the state's residual differ in structure or shapes.
+        TypeError: `state` is not an AdamaxState.
+        ValueError: params and the residual differ in structure or shape, or a dtype is wrong.
     """
     _check_state(state)
     params, state = _paths.pure(params), _paths.pure(state)
     if state.residual is None:
         return params
-
     _leaves.check_structures("params", params, "state.residual", state.residual)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    leaves, treedef = tree_flatten_with_path(params)
     new = []
     for (path, p), residual in zip(leaves, jax.tree.leaves(state.residual), strict=True):
-        name, kept = jax.tree_util.keystr(path), getattr(residual, "dtype", None)
-        if kept == jnp.int16:
-            if not _leaves.is_array(p, jnp.bfloat16, residual.shape):
-                raise ValueError(
-                    f"params{name} must be bfloat16 of shape {residual.shape}, like its residual, "
-                    f"got {_leaves.describe(p)}"
-                )
+        shape = getattr(residual, "shape", ())
+        if _leaves.is_array(p, jnp.bfloat16, shape) and _leaves.is_array(
+            residual, jnp.int16, shape
+        ):
             p = _rounding.join(_places.lie_like(p, residual), residual)
-        elif kept != jnp.int8:
+        elif not _leaves.is_array(residual, jnp.int8, shape):
             raise ValueError(
-                f"state.residual{name} must be int16, or int8 where there is none, got "
-                f"{_leaves.describe(residual)}"
+                f"params{keystr(path)} must be bfloat16 of shape {shape}, like its residual, which "
+                f"is int16, got {_leaves.describe(p)} and {_leaves.describe(residual)}"
             )
         new.append(p)
     return treedef.unflatten(new)
