@@ -309,11 +309,6 @@ def is_numeric(x: Any) -> bool:
     return _kind(x) is not None
 
 
-def inexact(tree: Any) -> list[Any]:
-    """The floating and complex leaves of a tree."""
-    return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-
-
 def check_prefix(
     prefix_name: str,
     prefix: Any,

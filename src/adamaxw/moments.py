@@ -113,7 +113,8 @@ def pack(
     scale = None
     if fmt.has_scale:
         # The largest norm sets the grid, so that norms that are on a grid already do not change.
-        norms = [x.astype(jnp.float32) for x in _leaves.inexact(nu)]
+        norms = [x for x in jax.tree.leaves(nu) if jnp.issubdtype(x.dtype, jnp.floating)]
+        norms = [x.astype(jnp.float32) for x in norms]
         largest = [jnp.max(x, initial=0, where=jnp.isfinite(x)) for x in norms]
         if not any(isinstance(x, Tracer) for x in largest) and not _places.lie_together(largest):
             # No single call takes arrays on several devices.
