@@ -274,14 +274,13 @@ def _checked(state: Any, fmt: _formats.Format) -> AdamaxState:
     if type(state.count) is int:  # as optax.tree.set may leave it
         state = state._replace(count=jnp.asarray(state.count, jnp.int32))
     expected = {
-        "count": (jnp.int32, jnp.int64),
-        "nu_scale": (jnp.float32,) if fmt.has_scale else (None,),
-        "seed": (jnp.uint32, None),
+        "count": ("int32 of shape ()", (jnp.int32, jnp.int64)),
+        "nu_scale": ("a float32 scalar", (jnp.float32,)) if fmt.has_scale else ("None", (None,)),
+        "seed": ("uint32 of shape ()", (jnp.uint32, None)),
     }
-    for name, dtypes in expected.items():
+    for name, (words, dtypes) in expected.items():
         x = getattr(state, name)
         if not any(x is None if dtype is None else _leaves.is_array(x, dtype) for dtype in dtypes):
-            words = "None" if dtypes[0] is None else f"{jnp.dtype(dtypes[0])} of shape ()"
             raise TypeError(
                 f"state.{name} must be {words} with moment_dtype={fmt.name}, got "
                 f"{_leaves.describe(x)}. A state made with another moment_dtype is converted by "
