@@ -118,7 +118,6 @@ def test_numbers_have_the_precision_of_the_mode():
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_numbers_belong_to_no_mesh(monkeypatch, axis_type):
     """One call serves another device after a step under a mesh that was set, with the same rate."""
-    _optimizer._as_array.cache_clear()
     mesh = Mesh(np.array(jax.devices()[:4]), "x", axis_types=(axis_type,))
     opt = adamaxw.adamaxw(0.1)
     with jax.set_mesh(mesh):
