@@ -53,6 +53,13 @@ class Power(_formats.Logarithmic):
 
 
 @dataclass(frozen=True)
+class Defined(_formats.Logarithmic):
+    """By decode, rule and encode: `Logarithmic.step` bounds its products, too low for 3 levels."""
+
+    step = _formats.Format.step
+
+
+@dataclass(frozen=True)
 class ToNearest(_formats.Logarithmic):
     """The format that ships, without chance."""
 
@@ -67,7 +74,8 @@ def formats() -> dict[str, _formats.Format]:
         f"ships: {ships.levels} levels an octave, m/u up to {ships.peak}, squares": ships
     }
     for levels in (3, 4, 5, 7, 8):
-        chosen[f"{levels} levels an octave"] = replace(ships, levels=levels)
+        base = Defined() if levels == 3 else ships
+        chosen[f"{levels} levels an octave"] = replace(base, levels=levels)
     for peak in (1.08, 1.5, 2.0):
         chosen[f"m/u up to {peak}"] = replace(ships, peak=peak)
     for power in (1.0, 1.5, 3.0):
