@@ -101,7 +101,7 @@ numbers = (
     | st.floats()
     | st.sampled_from([0, 1, -1, 2**31, 2**70, 10**400, True, False, 1j, complex("nan")])
 )
-# Not long double, spans of time and masked arrays: JAX refuses them, and we leave it to that.
+# Not long double and masked arrays: JAX refuses them, and we leave it to that.
 _ODDITIES = [
     *(None, "", "text", "float32", b"bytes", (), [], {}, [1.0], (1.0, 2.0), {"a": 1.0}),
     *(object(), float, jnp.float32, np.float32, jnp.sin, Fraction(1, 3), Decimal("0.1")),

@@ -90,6 +90,29 @@ def test_outside_jit_is_as_under_jit(moment_dtype, rounding):
     assert_equal(train(opt.update), train(jax.jit(opt.update)))
 
 
+@pytest.mark.parametrize("moment_dtype", _FORMATS)
+def test_arrays_of_numpy_are_taken_by_one_call(monkeypatch, moment_dtype):
+    """Such as gradients, or a checkpoint; the state that comes back has none."""
+    params = _tree(jnp.bfloat16) | {"count": jnp.int32(3)}
+    opt = adamaxw.adamaxw(1e-2, moment_dtype=moment_dtype, param_rounding="stochastic")
+    expected = opt.update(params, opt.init(params), params)
+    monkeypatch.setattr(_optimizer, "_update", None)
+    arrays = jax.tree.map(np.asarray, (params, opt.init(params), params))
+    got = opt.update(*arrays)
+    assert_equal(got, expected)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(got))
+
+
+@pytest.mark.parametrize("moment_dtype", _FORMATS)
+def test_a_state_of_numpy_becomes_one_of_jax(monkeypatch, moment_dtype):
+    """Also leaf by leaf, so that the next step may be one call."""
+    params = _tree(jnp.bfloat16) | {"count": jnp.int32(3)}
+    opt = adamaxw.adamaxw(1e-2, moment_dtype=moment_dtype, param_rounding="stochastic")
+    monkeypatch.setattr(_optimizer, "_update_in_one_call", _optimizer._update)
+    _, state = opt.update(params, jax.tree.map(np.asarray, opt.init(params)), params)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(state))
+
+
 @pytest.mark.parametrize("moment_dtype", ["bfloat16", "uint8"])
 def test_a_tree_of_many_leaves_goes_leaf_by_leaf(monkeypatch, moment_dtype):
     """Bit for bit as in one call, and no compiled call has more than one of the leaves."""

@@ -714,3 +714,13 @@ def test_checkpoints_that_came_back_as_plain_containers(wrap):
     for opt in (adamaxw.adamaxw(0.1), optax.chain(optax.clip(1.0), adamaxw.adamaxw(0.1))):
         with pytest.raises((TypeError, ValueError), match=r"jax\.eval_shape\(optimizer\.init"):
             convert(state, opt.init(_PARAMS))
+
+
+@pytest.mark.parametrize("count", [-1, 2**31, 2**70, np.int64(2**40)])
+def test_a_count_that_none_is(count):
+    """An int32 that is not negative."""
+    match = f"count must satisfy 0 <= count < 2\\*\\*31, got {count}"
+    with pytest.raises(ValueError, match=match):
+        pack(Moments(count, jnp.ones(2), jnp.ones(2)))
+    with pytest.raises(ValueError, match=rf"state\[1\]\.{match}"):
+        convert(_core(count=count), _like())

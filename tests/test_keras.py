@@ -149,7 +149,7 @@ def test_training_goes_on_from_saved_weights_and_models(moment_dtype, param_roun
         assert_equal(_values(copy.optimizer.variables), _values(model.optimizer.variables))
     assert type(loaded.optimizer) is Adamaxw
     assert loaded.optimizer.get_config() == model.optimizer.get_config()
-    assert model.optimizer.get_config()["excluded"] == [1, 2, 3]
+    assert model.optimizer.get_config()["excluded"] == ["bias", 2]
 
     assert _fit(loaded) == _fit(model)
     assert_equal(_values(loaded.variables), _values(model.variables))
@@ -169,6 +169,27 @@ def test_which_decay_is_part_of_the_config():
         assert optimizer.moment_dtype == "uint8"
     with pytest.raises(ValueError, match="before build"):
         optimizer.exclude_from_weight_decay(var_names=["kernel"])
+
+
+def test_names_that_do_not_decay_hold_for_another_model():
+    """A config made anew from that of a built optimizer, as after freezing a layer."""
+    optimizer = Adamaxw(1.0, weight_decay=0.5, scale_decay_by_lr=False, excluded="bias")
+    for names in (("kernel", "bias"), ("bias", "kernel", "bias")):
+        optimizer = Adamaxw.from_config(optimizer.get_config())
+        variables = [keras.Variable([2.0], name=name) for name in names]
+        optimizer.apply([jnp.zeros(1)] * len(names), variables)
+        assert [v.value[0] for v in variables] == [1.0 if n == "kernel" else 2.0 for n in names]
+
+
+def test_indices_and_patterns_that_do_not_decay():
+    """Each pattern is one of its own, also with flags; variables that do not train do not count."""
+    names = ("kernel", "bias", "gamma", "beta")
+    variables = [keras.Variable([2.0], name=name) for name in names]
+    optimizer = Adamaxw(1.0, weight_decay=0.5, scale_decay_by_lr=False)
+    optimizer.exclude_from_weight_decay([0, keras.Variable([1.0])], ["gamma", "(?i)BIAS"])
+    optimizer.apply([jnp.zeros(1)] * 4, variables)
+    assert [float(v.value[0]) for v in variables] == [2.0, 2.0, 2.0, 1.0]
+    assert optimizer.get_config()["excluded"] == ["gamma", "(?i)BIAS", 0]
 
 
 def test_learning_rates_of_callbacks_and_by_hand():

@@ -99,6 +99,7 @@ def test_a_lone_boolean_beside_arrays(mask):
         ({"dense": {"w": True, "b": "no"}, "scale": False}, r"\['dense'\]\['b'\]"),
         ({"dense": True, "scale": jnp.array([True, False, True])}, r"\['scale'\]"),
         ({"dense": True, "scale": jnp.array(1.0)}, r"\['scale'\]"),
+        ({"dense": True, "scale": jax.ShapeDtypeStruct((), bool)}, r"\['scale'\]"),
         (lambda params: params, r"\['dense'\]\['b'\]"),
         (lambda params: jax.tree.map(lambda p: p.ndim, params), r"\['dense'\]\['b'\]"),
         (lambda params: None, ""),

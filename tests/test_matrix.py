@@ -128,6 +128,10 @@ def test_trains_as_a_list_of_the_same_arrays(row, moment_dtype, param_rounding):
     assert jax.tree.structure(unpacked.mu) == jax.tree.structure(tree)
     assert _types(moments.convert(after, wrapped.init(tree))) == _types(after)
     moments.master_params(got, inner)
+    theirs = optax.adamaxw(1e-2).init(tree)
+    if inner.residual is None:
+        assert _types(moments.convert(inner, theirs)) == _types(theirs)
+    assert _types(moments.convert(theirs, inner)) == _types(inner)
     scalars = adamaxw.diagnostics(got, after, got)
     assert np.isfinite(scalars["update_norm"])
     assert masks.describe(tree, masks.rank(2)).rows

@@ -16,8 +16,9 @@ from jax.tree_util import keystr, tree_flatten_with_path, tree_leaves_with_path
 from adamaxw import _formats, _leaves
 from adamaxw._optimizer import AdamaxState
 
-# From `state`, `like` and the name of `like` to `state` with its moments in the format of `like`.
-Reformat = Callable[[AdamaxState, AdamaxState, str], AdamaxState]
+# From `state`, `like` and the name of `like` to `state` in the format of `like`; that of
+# `moment_dtype=None` where `like` is None.
+Reformat = Callable[[AdamaxState, AdamaxState | None, str], AdamaxState]
 
 # |m_t| <= u_t (1 - b1) / (1 - b1 / b2), see docs/numerics.md. That is at most 2 u_t if the norm
 # remembers at least twice as long as the first moment: 1 - b2 <= (1 - b1) / 2.
@@ -63,10 +64,11 @@ def _side_by_side(state: Any, like: Any, path: Any = ()) -> Iterator[tuple[Any, 
     parts, treedef = tree_flatten_with_path(state, is_leaf=lambda x: x is not state)
     others, other_treedef = jax.tree.flatten(like, is_leaf=lambda x: x is not like)
     if treedef != other_treedef:
-        where = keystr(path)
+        where, words = keystr(path), (_describe(state), _describe(like))
+        same = ", whose static fields differ: pass the states of the optimizers alone"
         raise ValueError(
-            f"state{where} and like{where} differ in structure: {_describe(state)} and "
-            f"{_describe(like)}{_HINT}"
+            f"state{where} and like{where} differ in structure: {' and '.join(words)}"
+            + (same if words[0] == words[1] else _HINT)
         )
     if jax.tree_util.all_leaves([state]):
         yield path, state, like
@@ -103,18 +105,19 @@ def _converted(state: Any, like: Any, reformat: Reformat, where: str) -> list[An
                 f"no state of adamaxw or adamax at {each}, but {_describe(node)}{_HINT}"
             )
     source = _widened(state)
-    goal = like if isinstance(like, AdamaxState) else jax.eval_shape(_widened, like)
+    is_ours = isinstance(like, AdamaxState)
+    goal = like if is_ours else AdamaxState(*_chain(like)[0])
     _check_alike(name, source, other_name, goal)
     if source is not state:
         _check_optax(name, state)
-    new = reformat(source, goal, other_name)
+    new = reformat(source, like if is_ours else None, other_name)
     moments = jax.tree.leaves((new.mu, new.nu))
     (_, *rows), number = tree_leaves_with_path(like), len(moments)
     for i, (path, x) in enumerate(rows[:number]):
         leaf = f"{other_name}{keystr(path)}"
         moments[i] = _cast(leaf, moments[i], x.dtype, is_norm=2 * i >= number)
     count = jnp.asarray(source.count, jnp.int32)
-    if goal is not like:
+    if not is_ours:
         # Copies, because a buffer that is in a state twice cannot be donated.
         return [count, *moments, *(jnp.array(count, x.dtype) for _, x in rows[number:])]
     residual, seed = source.residual, None
@@ -178,7 +181,7 @@ def _kind(m: Any, u: Any) -> str:
 
 def _cast(name: str, x: Any, dtype: Any, is_norm: bool) -> Any:
     """A moment in the dtype that `like` has at `name`."""
-    y = x.astype(dtype)
+    y = jnp.asarray(x).astype(dtype)
     if x.dtype == dtype or isinstance(y, Tracer):
         return y
     is_lost = jnp.isfinite(x) != jnp.isfinite(y)

@@ -147,8 +147,8 @@ def _narrow(updates: Any, params: Any) -> Iterator[tuple[str | None, jax.Array, 
 
 def _trained(state: Any, floor: Any) -> Iterator[tuple[str | None, float, dict[str, jax.Array]]]:
     """The first key of each leaf that trains, its size and fractions."""
-    nodes = jax.tree.leaves(_paths.pure(state), is_leaf=_is_state)
-    states = [node for node in nodes if _is_state(node)]
+    nodes = jax.tree.leaves(_paths.pure(state), is_leaf=lambda x: isinstance(x, AdamaxState))
+    states = [node for node in nodes if isinstance(node, AdamaxState)]
     if not states:
         raise TypeError(
             f"state must be an AdamaxState or hold one; there is none in this "
@@ -168,7 +168,3 @@ def _trained(state: Any, floor: Any) -> Iterator[tuple[str | None, float, dict[s
 
 def _first(path: jax.tree_util.KeyPath) -> str | None:
     return jax.tree_util.keystr(path[:1], simple=True) if path else None
-
-
-def _is_state(x: Any) -> bool:
-    return isinstance(x, AdamaxState)

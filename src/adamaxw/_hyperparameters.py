@@ -58,11 +58,6 @@ def checked(name: str, value: Any, label: str = "") -> Scalar:
     return scalar
 
 
-def checked_or_schedule(name: str, value: Any) -> Any:
-    """Like `checked`, but lets a callable through: a schedule, see `at`."""
-    return value if callable(value) else checked(name, value)
-
-
 def at(name: str, value: Any, count: jax.Array) -> Scalar:
     """The value of a number, an array or a schedule after `count` updates (0 before the first).
 

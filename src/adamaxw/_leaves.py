@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from adamaxw._formats import FORMATS, Format
 from adamaxw._rounding import NEAREST, ParamRounding, Rounding
@@ -63,9 +64,8 @@ def zeros(params: Any, fmt: Format, param_rounding: ParamRounding) -> list[Any]:
         dtypes = _state_dtypes(f"params{jax.tree_util.keystr(path)}", p, fmt, param_rounding)
         rows.append([jnp.zeros_like(p, dtype=dtype) for dtype in dtypes])
     mu, nu, residual = columns(treedef, rows, 3)
-    has_residual = param_rounding.has_residual and (
-        not rows or any(row[2].dtype != NEAREST.residual_dtype for row in rows)
-    )
+    has_residual = any(row[2].dtype != NEAREST.residual_dtype for row in rows)
+    has_residual |= not rows and param_rounding.name == "exact"
     return [mu, nu, residual if has_residual else None]
 
 
@@ -286,15 +286,14 @@ def is_array(x: Any, dtype: Any, shape: tuple[int, ...] = ()) -> bool:
 
 
 def check_count(name: str, count: Any) -> None:
-    """Refuses what is no number of updates done.
-
-    Raises:
-        TypeError: it is no integer, of Python or an array of shape ().
-    """
+    """Refuses what is no number of updates done: no integer, or, where known, none of int32."""
     is_scalar = is_numeric(count) and count.shape == ()
     is_integer = is_scalar and jnp.issubdtype(count.dtype, jnp.integer)
     if not is_integer and type(count) is not int:
         raise TypeError(f"{name} must be an integer, got {describe(count)}")
+    is_known = not isinstance(count, (Tracer, jax.ShapeDtypeStruct))
+    if is_known and not 0 <= int(count) < 2**31:
+        raise ValueError(f"{name} must satisfy 0 <= count < 2**31, got {count}")
 
 
 def as_array(x: Any) -> Any:

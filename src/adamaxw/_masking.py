@@ -65,7 +65,8 @@ def resolve_mask(mask: Any, params: optax.Params) -> tuple[bool, ...]:
 
 
 def _is_boolean(leaf: Any) -> bool:
-    return isinstance(leaf, bool) or is_array(leaf, np.bool_)
+    is_value = isinstance(leaf, (np.ndarray, np.generic, jax.Array))
+    return isinstance(leaf, bool) or (is_value and is_array(leaf, np.bool_))
 
 
 def _as_bool(path: jax.tree_util.KeyPath, leaf: Any) -> bool:

@@ -146,7 +146,8 @@ def adamaxw(
     if not isinstance(scale_decay_by_lr, bool):
         raise TypeError(f"scale_decay_by_lr must be a bool, got {scale_decay_by_lr!r}")
     _masking.refuse_called_mask(mask, (learning_rate, b1, b2, eps, weight_decay))
-    weight_decay = _hyperparameters.checked_or_schedule("weight_decay", weight_decay)
+    if not callable(weight_decay):
+        weight_decay = _hyperparameters.checked("weight_decay", weight_decay)
 
     def decay(lr: Scalar, count: jax.Array) -> Scalar:
         wd = _hyperparameters.at("weight_decay", weight_decay, count)
@@ -207,7 +208,8 @@ def _transformation(
     param_rounding: str,
 ) -> optax.GradientTransformationExtraArgs:
     """`adamaxw` with `decay` from the learning rate and the count, `adamax` with None."""
-    learning_rate = _hyperparameters.checked_or_schedule("learning_rate", learning_rate)
+    if not callable(learning_rate):
+        learning_rate = _hyperparameters.checked("learning_rate", learning_rate)
     b1 = _hyperparameters.checked("b1", b1)
     b2 = _hyperparameters.checked("b2", b2)
     eps = _hyperparameters.checked("eps", eps)
@@ -221,13 +223,11 @@ def _transformation(
         if decay is not None and jax.tree.leaves(params):
             _masking.resolve_mask(mask, params)
         place = _places.scalar_sharding(params, fmt.has_scale)
-        count = jnp.zeros((), jnp.int32, device=place)
-        nu_scale = _unit(fmt, eps)
-        if nu_scale is not None:
-            nu_scale += jnp.zeros((), jnp.float32, device=place)
-        seed = None
-        if fmt.is_noisy or rounding.is_noisy:
-            seed = _rounding.seed_of(params) + jnp.zeros((), jnp.uint32, device=place)
+        seed = _rounding.seed_of(params) if fmt.is_noisy or rounding.is_noisy else None
+        count, nu_scale, seed = jax.tree.map(
+            lambda x: x + jnp.zeros((), x.dtype, device=place),
+            (jnp.zeros((), jnp.int32), _unit(fmt, eps), seed),
+        )
         return AdamaxState(count, mu, nu, nu_scale, residual, seed)
 
     def update(
@@ -281,10 +281,10 @@ def _checked(state: Any, fmt: _formats.Format) -> AdamaxState:
     for name, (words, dtypes) in expected.items():
         x = getattr(state, name)
         if not any(x is None if dtype is None else _leaves.is_array(x, dtype) for dtype in dtypes):
+            hint = ". A state made with another moment_dtype is converted by moments.convert"
             raise TypeError(
                 f"state.{name} must be {words} with moment_dtype={fmt.name}, got "
-                f"{_leaves.describe(x)}. A state made with another moment_dtype is converted by "
-                "adamaxw.moments.convert"
+                f"{_leaves.describe(x)}{hint if name == 'nu_scale' else ''}"
             )
     return state
 
@@ -361,7 +361,7 @@ def _update(
     number = 3 if state.residual is None else 4
     updates, mu, nu, *rest = _leaves.columns(treedef, rows, number)
     residual = rest[0] if rest else None
-    return updates, AdamaxState(count, mu, nu, new_scale, residual, state.seed)
+    return updates, AdamaxState(count, mu, nu, new_scale, residual, seed)
 
 
 _update_in_one_call = jax.jit(_update, static_argnames=("fmt", "rounding", "decays"))
@@ -400,4 +400,4 @@ def _step_leaf(
 def _unchanged(leaf: _leaves.Leaf) -> tuple[Any, Any, Any, Any]:
     """What `_step_leaf` would return for a leaf that does not train."""
     update = None if leaf.g is None else jnp.zeros_like(leaf.mu)
-    return update, leaf.mu, leaf.nu, leaf.residual
+    return jax.tree.map(jnp.asarray, (update, leaf.mu, leaf.nu, leaf.residual))

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.sharding import (
     AbstractMesh,
@@ -12,6 +13,8 @@ from jax.sharding import (
     Sharding,
     SingleDeviceSharding,
 )
+
+from adamaxw._leaves import is_numeric
 
 
 def is_placed(x: Any) -> bool:
@@ -64,12 +67,13 @@ def scalar_sharding(params: Any, is_changed: bool) -> Sharding | None:
 
 
 def lie_together(tree: Any) -> bool:
-    """Whether one compiled call can take a tree: arrays, not traced, on one device or mesh."""
+    """Whether one compiled call can take a tree: numbers, not traced, on one device or mesh."""
     meshes = set()
     for x in jax.tree.leaves(tree):
-        if not isinstance(x, jax.Array) or isinstance(x, Tracer):
+        is_array = isinstance(x, (jax.Array, np.ndarray, np.generic)) and is_numeric(x)
+        if isinstance(x, Tracer) or not (is_array or isinstance(x, (int, float, complex))):
             return False
-        if x.committed:
+        if isinstance(x, jax.Array) and x.committed:
             meshes.add(getattr(x.sharding, "mesh", x.sharding))
     return len(meshes) <= 1
 

@@ -134,11 +134,6 @@ class ParamRounding:
         """Whether some parameters are rounded at random."""
         return any(rounding.is_noisy for rounding in self.narrow.values())
 
-    @property
-    def has_residual(self) -> bool:
-        """Whether some parameters have a residual."""
-        return Exact() in self.narrow.values()
-
     def of(self, dtype: Any) -> Rounding | None:
         """The rounding of parameters of an inexact dtype; None where it is not defined.
 

@@ -75,7 +75,7 @@ def _slots(state: Mapping[str, Any]) -> dict[str, Any]:
         return {str(key): slots for key, slots in state["state"].items()}
     found: dict[str, Any] = {}
     for key, value in state.items():
-        parts = re.fullmatch(r"state\.(.+)\.(.+)", key)
+        parts = re.fullmatch(r"state\.(.+)\.(.+)", str(key))
         if parts is None:
             raise ValueError(
                 f'state has the key {key!r}, where "state.0.exp_avg" or '
@@ -118,6 +118,8 @@ def _parameter(name: str, slots: Mapping[str, Any]) -> tuple[int, np.ndarray, np
             )
         arrays.append(np.asarray(x))
     step, *moments = arrays
+    if step.size != 1 or not 0 <= step.item() < np.inf or step.item() % 1:
+        raise ValueError(f"step in {name} must be a whole number, got {step}")
     return int(step.item()), *moments
 
 

@@ -3,6 +3,7 @@
 `import adamaxw` does not import this module, which alone needs Keras.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from adamaxw._optimizer import AdamaxState, adamaxw
 
 # Attributes and arguments of the constructor.
 _FORMATS = ("moment_dtype", "param_rounding", "scale_decay_by_lr")
-_OWN = ("beta_1", "beta_2", "epsilon", *_FORMATS, "excluded")
+_OWN = ("beta_1", "beta_2", "epsilon", *_FORMATS)
 
 
 @keras.saving.register_keras_serializable(package="adamaxw")
@@ -42,8 +43,8 @@ class Adamaxw(keras.optimizers.Optimizer):
         param_rounding: likewise. It matters where variables are bfloat16 or float16, as with the
             dtype policy "bfloat16"; those of "mixed_bfloat16" are float32.
         scale_decay_by_lr: likewise.
-        excluded: what does not decay, so that it is saved with the model: regular expressions, as
-            `exclude_from_weight_decay` takes them, and indices among the variables that train.
+        excluded: what does not decay: names and variables, as `exclude_from_weight_decay` takes
+            them. They are saved with the model.
         name: of the optimizer.
         **kwargs: `clipnorm`, `clipvalue`, `global_clipnorm`, `use_ema`, `ema_momentum`,
             `ema_overwrite_frequency`, `loss_scale_factor` and `gradient_accumulation_steps`, as in
@@ -73,7 +74,7 @@ class Adamaxw(keras.optimizers.Optimizer):
         moment_dtype: Any = None,
         param_rounding: str = "nearest",
         scale_decay_by_lr: bool = True,
-        excluded: Sequence[str | int] = (),
+        excluded: Sequence[Any] = (),
         name: str = "adamaxw",
         **kwargs: Any,
     ):
@@ -90,8 +91,7 @@ class Adamaxw(keras.optimizers.Optimizer):
         self.moment_dtype = moment_dtype
         self.param_rounding = param_rounding
         self.scale_decay_by_lr = scale_decay_by_lr
-        self.exclude_from_weight_decay(var_names=[x for x in excluded if isinstance(x, str)])
-        self.excluded = list(excluded)
+        self.excluded = [excluded] if isinstance(excluded, str) else list(excluded)
         self._transformation(learning_rate)  # for its errors
         self.moment_dtype = None if moment_dtype is None else jnp.dtype(moment_dtype).name
 
@@ -112,11 +112,15 @@ class Adamaxw(keras.optimizers.Optimizer):
             return
         state = self._transformation(0.0).init([v.value for v in variables])
         super().build(variables)
+        index_of = {id(v): i for i, v in enumerate(variables)}
+        # Variables themselves by index from now on: loading makes others.
+        found = [x if isinstance(x, str | int) else index_of.get(id(x)) for x in self.excluded]
+        self.excluded = [x for x in found if x is not None]
+        names = [x for x in self.excluded if isinstance(x, str)]
         self._decays = [
-            i not in self.excluded and self._use_weight_decay(v) for i, v in enumerate(variables)
+            i not in self.excluded and not any(re.search(name, v.name) for name in names)
+            for i, v in enumerate(variables)
         ]
-        # By index from now on: loading may give variables other names.
-        self.excluded = [i for i, decays in enumerate(self._decays) if not decays]
         leaves, self._treedef = jax.tree_util.tree_flatten_with_path(state)
         self._leaves = []
         for (field, *index), leaf in leaves:
@@ -160,20 +164,23 @@ class Adamaxw(keras.optimizers.Optimizer):
         """Chooses which variables do not decay, as in Keras, in place of an earlier choice.
 
         Args:
-            var_list: variables. They are saved with the model once the optimizer is built.
+            var_list: variables, or their indices among those that train, as which they are saved
+                once the optimizer is built.
             var_names: regular expressions, searched for in the names of variables.
 
         Raises:
             ValueError: the optimizer is built.
         """
-        if self.built:  # Keras itself would not notice
+        if self.built:
             raise ValueError("exclude_from_weight_decay must be called before build")
-        self.excluded = [var_names] if isinstance(var_names, str) else list(var_names or ())
-        super().exclude_from_weight_decay(var_list, self.excluded)
+        names = [var_names] if isinstance(var_names, str) else var_names or ()
+        self.excluded = [*names, *(var_list or ())]
 
     def _apply_weight_decay(self, variables: Any) -> None:
         """Nothing: Keras would decay variables before the update step, which does it."""
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor."""
-        return super().get_config() | {name: getattr(self, name) for name in _OWN}
+        excluded = [x for x in self.excluded if isinstance(x, str | int)]
+        own = {name: getattr(self, name) for name in _OWN}
+        return super().get_config() | own | {"excluded": excluded}

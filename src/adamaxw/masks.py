@@ -52,14 +52,10 @@ class Mask:
     def __and__(self, other: Callable[[Any], Any]) -> "Mask":
         return _combine("&", self, other)
 
-    def __rand__(self, other: Callable[[Any], Any]) -> "Mask":
-        return _combine("&", other, self)
-
     def __or__(self, other: Callable[[Any], Any]) -> "Mask":
         return _combine("|", self, other)
 
-    def __ror__(self, other: Callable[[Any], Any]) -> "Mask":
-        return _combine("|", other, self)
+    __rand__, __ror__ = __and__, __or__
 
     def __invert__(self) -> "Mask":
         return _Combined("~", (self,))

@@ -227,8 +227,10 @@ def from_torch(
     return Moments(*_torch.read(state, params, names, transposes or {}))
 
 
-def _in_format_of(state: AdamaxState, like: AdamaxState, like_name: str) -> AdamaxState:
+def _in_format_of(state: AdamaxState, like: AdamaxState | None, like_name: str) -> AdamaxState:
     """See `_conversion.Reformat`."""
+    if like is None:
+        return state if state.nu_scale is None else pack(unpack(state))
 
     def dtypes(state: AdamaxState) -> list[Any]:
         return [x.dtype for x in jax.tree.leaves((state.mu, state.nu, state.nu_scale))]
