@@ -101,6 +101,10 @@ def _types(tree):
     return jax.tree.structure(tree), [jax.typeof(x) for x in jax.tree.leaves(tree)]
 
 
+def _dtypes(tree):
+    return jax.tree.structure(tree), [(x.dtype, x.shape) for x in jax.tree.leaves(tree)]
+
+
 def _states(tree):
     leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, adamaxw.AdamaxState))
     return [x for x in leaves if isinstance(x, adamaxw.AdamaxState)]
@@ -129,9 +133,10 @@ def test_trains_as_a_list_of_the_same_arrays(row, moment_dtype, param_rounding):
     assert _types(moments.convert(after, wrapped.init(tree))) == _types(after)
     moments.master_params(got, inner)
     theirs = optax.adamaxw(1e-2).init(tree)
+    # Either way leaves lie where those of the first lie.
     if inner.residual is None:
-        assert _types(moments.convert(inner, theirs)) == _types(theirs)
-    assert _types(moments.convert(theirs, inner)) == _types(inner)
+        assert _dtypes(moments.convert(inner, theirs)) == _dtypes(theirs)
+    assert _dtypes(moments.convert(theirs, inner)) == _dtypes(inner)
     scalars = adamaxw.diagnostics(got, after, got)
     assert np.isfinite(scalars["update_norm"])
     assert masks.describe(tree, masks.rank(2)).rows

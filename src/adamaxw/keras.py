@@ -43,8 +43,8 @@ class Adamaxw(keras.optimizers.Optimizer):
         param_rounding: likewise. It matters where variables are bfloat16 or float16, as with the
             dtype policy "bfloat16"; those of "mixed_bfloat16" are float32.
         scale_decay_by_lr: likewise.
-        excluded: what does not decay: names and variables, as `exclude_from_weight_decay` takes
-            them. They are saved with the model.
+        excluded: what does not decay: regular expressions for the names of variables, and indices
+            among those that train, as `exclude_from_weight_decay` takes them.
         name: of the optimizer.
         **kwargs: `clipnorm`, `clipvalue`, `global_clipnorm`, `use_ema`, `ema_momentum`,
             `ema_overwrite_frequency`, `loss_scale_factor` and `gradient_accumulation_steps`, as in
@@ -74,7 +74,7 @@ class Adamaxw(keras.optimizers.Optimizer):
         moment_dtype: Any = None,
         param_rounding: str = "nearest",
         scale_decay_by_lr: bool = True,
-        excluded: Sequence[Any] = (),
+        excluded: Sequence[str | int] = (),
         name: str = "adamaxw",
         **kwargs: Any,
     ):
@@ -91,6 +91,7 @@ class Adamaxw(keras.optimizers.Optimizer):
         self.moment_dtype = moment_dtype
         self.param_rounding = param_rounding
         self.scale_decay_by_lr = scale_decay_by_lr
+        self.exclude_from_weight_decay()
         self.excluded = [excluded] if isinstance(excluded, str) else list(excluded)
         self._transformation(learning_rate)  # for its errors
         self.moment_dtype = None if moment_dtype is None else jnp.dtype(moment_dtype).name
@@ -112,10 +113,8 @@ class Adamaxw(keras.optimizers.Optimizer):
             return
         state = self._transformation(0.0).init([v.value for v in variables])
         super().build(variables)
-        index_of = {id(v): i for i, v in enumerate(variables)}
-        # Variables themselves by index from now on: loading makes others.
-        found = [x if isinstance(x, str | int) else index_of.get(id(x)) for x in self.excluded]
-        self.excluded = [x for x in found if x is not None]
+        # By index from now on: loading makes other variables.
+        self.excluded += [i for i, v in enumerate(variables) if not self._use_weight_decay(v)]
         names = [x for x in self.excluded if isinstance(x, str)]
         self._decays = [
             i not in self.excluded and not any(re.search(name, v.name) for name in names)
@@ -174,13 +173,14 @@ class Adamaxw(keras.optimizers.Optimizer):
         if self.built:
             raise ValueError("exclude_from_weight_decay must be called before build")
         names = [var_names] if isinstance(var_names, str) else var_names or ()
-        self.excluded = [*names, *(var_list or ())]
+        listed = var_list or ()
+        self.excluded = [*names, *(x for x in listed if isinstance(x, int))]
+        super().exclude_from_weight_decay([x for x in listed if not isinstance(x, int)])
 
     def _apply_weight_decay(self, variables: Any) -> None:
         """Nothing: Keras would decay variables before the update step, which does it."""
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor."""
-        excluded = [x for x in self.excluded if isinstance(x, str | int)]
         own = {name: getattr(self, name) for name in _OWN}
-        return super().get_config() | own | {"excluded": excluded}
+        return super().get_config() | own | {"excluded": list(self.excluded)}
