@@ -181,6 +181,20 @@ def test_names_that_do_not_decay_hold_for_another_model():
         assert [v.value[0] for v in variables] == [1.0 if n == "kernel" else 2.0 for n in names]
 
 
+def test_layers_that_do_not_decay_by_path():
+    """Keras itself knows only the last part of a path, which is the same in all layers."""
+    layers = [keras.layers.Dense(1, name=name) for name in ("encoder", "head")]
+    model = keras.Sequential([keras.layers.Input((4,)), *layers])
+    before = _values(model.trainable_variables)
+    optimizer = Adamaxw(0.0, weight_decay=0.5, scale_decay_by_lr=False, excluded=["encoder/"])
+    optimizer.apply([jnp.zeros(v.shape) for v in before], model.trainable_variables)
+    factors = [1.0, 1.0, 0.5, 0.5]
+    assert_equal(
+        _values(model.trainable_variables),
+        [factor * v for factor, v in zip(factors, before, strict=True)],
+    )
+
+
 def test_indices_and_patterns_that_do_not_decay():
     """Each pattern is one of its own, also with flags; variables that do not train do not count."""
     names = ("kernel", "bias", "gamma", "beta")

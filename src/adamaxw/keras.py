@@ -43,8 +43,8 @@ class Adamaxw(keras.optimizers.Optimizer):
         param_rounding: likewise. It matters where variables are bfloat16 or float16, as with the
             dtype policy "bfloat16"; those of "mixed_bfloat16" are float32.
         scale_decay_by_lr: likewise.
-        excluded: what does not decay: regular expressions for the names of variables, and indices
-            among those that train, as `exclude_from_weight_decay` takes them.
+        excluded: what does not decay: regular expressions for the names and paths of variables, and
+            indices among those that train, as `exclude_from_weight_decay` takes them.
         name: of the optimizer.
         **kwargs: `clipnorm`, `clipvalue`, `global_clipnorm`, `use_ema`, `ema_momentum`,
             `ema_overwrite_frequency`, `loss_scale_factor` and `gradient_accumulation_steps`, as in
@@ -117,7 +117,8 @@ class Adamaxw(keras.optimizers.Optimizer):
         self.excluded += [i for i, v in enumerate(variables) if not self._use_weight_decay(v)]
         names = [x for x in self.excluded if isinstance(x, str)]
         self._decays = [
-            i not in self.excluded and not any(re.search(name, v.name) for name in names)
+            i not in self.excluded
+            and not any(re.search(name, x) for name in names for x in (v.name, v.path))
             for i, v in enumerate(variables)
         ]
         leaves, self._treedef = jax.tree_util.tree_flatten_with_path(state)
@@ -165,7 +166,7 @@ class Adamaxw(keras.optimizers.Optimizer):
         Args:
             var_list: variables, or their indices among those that train, as which they are saved
                 once the optimizer is built.
-            var_names: regular expressions, searched for in the names of variables.
+            var_names: regular expressions, searched for in the names and paths of variables.
 
         Raises:
             ValueError: the optimizer is built.
