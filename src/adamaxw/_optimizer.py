@@ -281,10 +281,10 @@ def _checked(state: Any, fmt: _formats.Format) -> AdamaxState:
     for name, (words, dtypes) in expected.items():
         x = getattr(state, name)
         if not any(x is None if dtype is None else _leaves.is_array(x, dtype) for dtype in dtypes):
-            hint = ". A state made with another moment_dtype is converted by moments.convert"
+            convert = ". A state made with another one is converted by adamaxw.moments.convert"
             raise TypeError(
                 f"state.{name} must be {words} with moment_dtype={fmt.name}, got "
-                f"{_leaves.describe(x)}{hint if name == 'nu_scale' else ''}"
+                f"{_leaves.describe(x)}{convert if name == 'nu_scale' else ''}"
             )
     return state
 
