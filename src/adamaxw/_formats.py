@@ -11,6 +11,7 @@ Two facts make few bits enough for AdaMax; `docs/numerics.md` proves them.
 # A jitted method overrides one that is not.
 # pyright: reportIncompatibleMethodOverride=false
 
+import contextlib
 import reprlib
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -327,10 +328,8 @@ def named(moment_dtype: Any, eps: Any = 1e-8) -> Format:
     """
     name = ""  # An array has a dtype too, but is none.
     if not isinstance(moment_dtype, (jax.Array, np.ndarray, np.generic)):
-        try:
+        with contextlib.suppress(TypeError):
             name = None if moment_dtype is None else jnp.dtype(moment_dtype).name
-        except TypeError:
-            name = ""
     fmt = next((fmt for fmt in FORMATS if fmt.name == name), None)
     if fmt is None:
         hint = (

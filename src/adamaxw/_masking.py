@@ -73,9 +73,10 @@ def _as_bool(path: jax.tree_util.KeyPath, leaf: Any) -> bool:
     name = f"mask{jax.tree_util.keystr(path)}"
     # A function that was called by mistake leaves one value in place of the whole tree.
     hint = "" if path else _INJECTED
-    if isinstance(leaf, Tracer) or not _is_boolean(leaf):
+    is_traced = isinstance(leaf, Tracer)
+    if is_traced or not _is_boolean(leaf):
         raise TypeError(
             f"{name} must be one boolean for a leaf or subtree, known when the step is compiled, "
-            f"got {'a traced ' * isinstance(leaf, Tracer)}{describe(leaf)}{hint}"
+            f"got {'a traced ' if is_traced else ''}{describe(leaf)}{hint}"
         )
     return bool(leaf)

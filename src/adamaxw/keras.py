@@ -91,7 +91,6 @@ class Adamaxw(keras.optimizers.Optimizer):
         self.moment_dtype = moment_dtype
         self.param_rounding = param_rounding
         self.scale_decay_by_lr = scale_decay_by_lr
-        self.exclude_from_weight_decay()
         self.excluded = [excluded] if isinstance(excluded, str) else list(excluded)
         self._transformation(learning_rate)  # for its errors
         self.moment_dtype = None if moment_dtype is None else jnp.dtype(moment_dtype).name

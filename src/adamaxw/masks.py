@@ -7,6 +7,7 @@ arrays, and the states of Flax NNX, whose Variables count as leaves. For them
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from adamaxw import _leaves, _masking, _paths
 from adamaxw._table import Table
 
 
-class Mask:
+class Mask(ABC):
     """A function from params to booleans that combines with others: `a & b`, `a | b`, `~a`.
 
     Called with a tree, it returns the tree with a bool in place of each leaf. The other operand of
@@ -63,9 +64,9 @@ class Mask:
     def __bool__(self) -> bool:
         raise TypeError("masks combine with &, | and ~, not with and, or and not")
 
+    @abstractmethod
     def flags_of(self, params: Any) -> list[bool]:
         """A boolean for each leaf."""
-        raise NotImplementedError
 
 
 def rank(minimum: int) -> Mask:
