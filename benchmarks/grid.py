@@ -45,10 +45,9 @@ class Power(_formats.Logarithmic):
         low, high = (below / 127) ** self.power, ((below + 1) / 127) ** self.power
         chance = (noise.astype(jnp.float32) + 0.5) * 2.0**-16
         code = jnp.minimum(below + (chance * (high - low) < ratio - low), 127.0)
-        return jnp.copysign(code, square).astype(jnp.int32)
+        return jnp.copysign(code, square)
 
-    def _square(self, mu: jax.Array) -> jax.Array:
-        q = mu.astype(jnp.float32)
+    def _square(self, q: jax.Array) -> jax.Array:
         return jnp.sign(q) * jnp.abs(q / 127) ** self.power * 127**2
 
 

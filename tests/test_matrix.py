@@ -147,8 +147,9 @@ def test_trains_as_a_list_of_the_same_arrays(row, moment_dtype, param_rounding):
         again, last = _train(wrapped, tree, fresh)
         assert _types(last) == _types(state)
         for x, y in zip(jax.tree.leaves(again), jax.tree.leaves(got), strict=True):
+            # With other noise, each of four steps may round to the other neighbour.
             np.testing.assert_allclose(
-                np.asarray(x, np.float32), np.asarray(y, np.float32), atol=0.03
+                np.asarray(x, np.float32), np.asarray(y, np.float32), atol=0.03, rtol=2.0**-7
             )
 
 

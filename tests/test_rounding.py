@@ -13,7 +13,7 @@ from jax import lax
 from modes import apply_updates
 
 import adamaxw
-from adamaxw import _rounding
+from adamaxw import _noise, _rounding
 from adamaxw._formats import round_to_bfloat16
 
 _ROUNDINGS = ("nearest", "stochastic", "exact")
@@ -140,20 +140,29 @@ def test_random_rounding_keeps_what_is_not_finite(dtype):
 _N = 2**20
 
 
-def _noise(count, leaf, shape):
-    """Of one leaf in a tree of 4096."""
-    return _rounding.noise(_rounding.keys(jnp.uint32(0), count, 4096), leaf, shape)
+def _noise_of(count, leaf, shape):
+    """Of any leaf, which may be traced."""
+    first, second = (jnp.stack(keys) for keys in _noise.keys(jnp.uint32(0), count, 2))
+    return _noise.draw(tuple(first ^ jnp.uint32(leaf) * (first ^ second)), shape)
+
+
+def test_keys_of_leaves_are_multiples():
+    """As the other tests of the noise take them to be."""
+    keys = np.asarray(jnp.asarray(_noise.keys(jnp.uint32(7), jnp.int32(3), 500)))
+    assert np.unique(keys).size == 1000
+    multiples = np.arange(500, dtype=np.uint32)[:, None] * (keys[0] ^ keys[1])
+    np.testing.assert_array_equal(keys, keys[0] ^ multiples)
 
 
 @functools.cache
 def _words(count, leaf, shape=(_N,)):
     """The two halves of the noise side by side, as one uint32 an element."""
-    high, low = _noise(jnp.int32(count), leaf, shape)
+    high, low = _noise_of(jnp.int32(count), leaf, shape)
     return (np.asarray(high) << 16) | np.asarray(low)
 
 
 def _halves(count, leaf, shape=(_N,)):
-    return [np.asarray(half) for half in _noise(jnp.int32(count), leaf, shape)]
+    return [np.asarray(half) for half in _noise_of(jnp.int32(count), leaf, shape)]
 
 
 def _assert_uniform(samples):
@@ -181,7 +190,7 @@ _PLACES = [(0, 0), (1, 0), (0, 1), (12345, 7), (2**31 - 1, 0), (2**31 - 1, 1000)
 @pytest.mark.parametrize(("count", "leaf"), _PLACES)
 def test_noise_is_uniform(count, leaf):
     """Both halves lie in [0, 2^16), in their high and in their low bits as often as not."""
-    for half in _noise(jnp.int32(count), leaf, (_N,)):
+    for half in _noise_of(jnp.int32(count), leaf, (_N,)):
         assert half.dtype == jnp.uint32
         samples = np.asarray(half)
         assert samples.max() < 2**16
@@ -234,7 +243,7 @@ def test_noise_of_no_two_steps_is_the_same_sequence():
     8 million pairs of steps would overlap, and each pair would share 4096 words.
     """
     counts = jnp.arange(4096, dtype=jnp.int32)
-    high, low = jax.vmap(lambda count: _noise(count, 0, (4096,)))(counts)
+    high, low = jax.vmap(lambda count: _noise_of(count, 0, (4096,)))(counts)
     words = np.sort(((np.asarray(high) << 16) | np.asarray(low)).ravel())
     repeated = np.sum(words[1:] == words[:-1])
     expected = len(words) ** 2 / 2 / 2**32
@@ -243,7 +252,7 @@ def test_noise_of_no_two_steps_is_the_same_sequence():
 
 def test_noise_of_no_two_leaves_is_the_same_sequence():
     """Likewise for 4096 leaves of a tree."""
-    draw = jax.jit(lambda leaves: jax.vmap(lambda i: _noise(jnp.int32(5), i, (4096,)))(leaves))
+    draw = jax.jit(lambda leaves: jax.vmap(lambda i: _noise_of(jnp.int32(5), i, (4096,)))(leaves))
     high, low = draw(jnp.arange(4096, dtype=jnp.uint32))
     words = np.sort(((np.asarray(high) << 16) | np.asarray(low)).ravel())
     repeated = np.sum(words[1:] == words[:-1])
@@ -279,7 +288,7 @@ def test_noise_depends_on_the_row_major_index(shape):
 def test_noise_under_vmap_and_jit():
     """Counts may be traced, one or many at a time, up to the last."""
     counts = np.array([0, 1, 77, 2**31 - 1], np.int32)
-    draw = functools.partial(_noise, leaf=3, shape=(4, 5))
+    draw = functools.partial(_noise_of, leaf=3, shape=(4, 5))
     many = jax.vmap(draw)(counts)
     for i, count in enumerate(counts):
         for transform in (lambda f: f, jax.jit):
@@ -292,7 +301,7 @@ def test_noise_under_vmap_and_jit():
 def test_noise_in_time_is_as_good_as_in_space(start):
     """One element over 4096 steps: uniform, balanced, without memory."""
     counts = jnp.arange(start, start + 4096, dtype=jnp.uint32).astype(jnp.int32)
-    for half in jax.vmap(lambda count: _noise(count, 0, (8,)))(counts):
+    for half in jax.vmap(lambda count: _noise_of(count, 0, (8,)))(counts):
         for element in np.asarray(half).T:
             _assert_uniform(element)
             assert abs(np.mean(element / 2**16) - 0.5) < 5 / np.sqrt(12 * 4096)

@@ -12,9 +12,10 @@ Two facts make few bits enough for AdaMax; `docs/numerics.md` proves them.
 # pyright: reportIncompatibleMethodOverride=false
 
 import contextlib
+import math
 import reprlib
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -23,8 +24,9 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+from adamaxw import _cpu
 from adamaxw._derivatives import straight_through, without_derivatives
-from adamaxw._rule import Constants, cast, next_first_moment, next_moments, shrink
+from adamaxw._rule import Constants, cast, clipped, next_moments
 
 # Noise for `encode` that rounds to the nearest: half of the range of 16 bits.
 TO_NEAREST = np.uint32(2**15)
@@ -127,9 +129,9 @@ class Format:
 
 @dataclass(frozen=True)
 class BFloat16(Format):
-    """4 bytes a parameter: bfloat16 `m`, and `w` in bfloat16 with `u = scale w`, 1/2 < scale <= 1.
+    """4 bytes per parameter: bfloat16 `m`, and `w` in bfloat16 with `u = scale w`, 1 <= scale < 2.
 
-    When the scale crosses 1/2, every w halves, which is exact. `m` is rounded at random: to the
+    When the scale falls below 1, every w halves, which is exact. `m` is rounded at random: to the
     nearest, it would stay where it is once `1 - b1` is below 1/512.
     """
 
@@ -146,13 +148,13 @@ class BFloat16(Format):
         fixed = lax.stop_gradient(jnp.where(scale == 0, 1.0, scale))
         fraction, _ = jnp.frexp(fixed)  # in [1/2, 1)
         # A product with a power of two, so that it has the derivative of one.
-        moved = scale * (jnp.where(fraction == 0.5, 1.0, fraction) / fixed)
+        moved = scale * (2 * fraction / fixed)
         return jnp.where(scale == 0, 1.0, moved)
 
     @partial(jax.jit, static_argnums=0)
     def encode(self, m: jax.Array, u: jax.Array, scale: Any, noise: Any) -> tuple[Any, Any]:
-        # A quarter of the largest number: 1 / scale may double it, and rounding adds to that.
-        m, u = (_clip_finite(x, 2.0**126).astype(jnp.float32) for x in (m, u))
+        # Half of the largest number: rounding, and the unit of a later scale, add to it.
+        m, u = (clipped(x).astype(jnp.float32) for x in (m, u))
         w = (u * (1 / scale)).astype(jnp.bfloat16)
         # What makes `scale w` have the derivative of u, also with respect to the scale.
         exact = (u - lax.stop_gradient(w.astype(jnp.float32)) * scale) / lax.stop_gradient(scale)
@@ -161,7 +163,7 @@ class BFloat16(Format):
     @partial(jax.jit, static_argnums=(0, 4))
     def decode(self, mu: jax.Array, nu: jax.Array, scale: Any, dtype: Any) -> tuple[Any, Any]:
         """See `Format`. A scale of another format, or none at all, makes the norm NaN."""
-        is_scale = ((scale > 0.5) & (scale <= 1)) | (scale == 0)
+        is_scale = ((scale >= 1) & (scale < 2)) | (scale == 0)
         scale = jnp.where(is_scale, scale, jnp.nan)
         return mu.astype(dtype), (nu.astype(jnp.float32) * scale).astype(dtype)
 
@@ -199,22 +201,25 @@ class Logarithmic(Format):
     @partial(jax.jit, static_argnums=0)
     def encode(self, m: jax.Array, u: jax.Array, scale: Any, noise: Any) -> tuple[Any, Any]:
         if m.dtype == jnp.float64:
-            m, u = (_clip_finite(x, 2.0**126) for x in (m, u))
+            m, u = clipped(m), clipped(u)
         m, u = m.astype(jnp.float32), u.astype(jnp.float32)
+        # One code follows from the other as it is stored: in any other order, XLA for TPU
+        # computes the two in kernels of their own.
         nu = self._level(u * self._unit(scale)).astype(jnp.uint8)
-        ratio = m / (jnp.exp2(nu.astype(jnp.float32) / self.levels) * scale)
-        mu = self._compress(ratio * np.float32(127**2 / self.peak), noise)
-        codes = jnp.where(jnp.isfinite(m), mu, -128).astype(jnp.int8), nu
-        return without_derivatives(codes, (m, u, scale))
+        square = m * (np.float32(127**2 / self.peak) / scale) * self._power(nu, -1)
+        mu = jnp.where(jnp.isfinite(m), self._compress(square, noise), -128.0)
+        return without_derivatives((mu.astype(jnp.int8), nu), (m, u, scale))
 
     @partial(jax.jit, static_argnums=(0, 4))
     def decode(self, mu: jax.Array, nu: jax.Array, scale: Any, dtype: Any) -> tuple[Any, Any]:
-        u = (jnp.exp2(nu.astype(jnp.float32) / self.levels) * scale).astype(dtype)
+        scale = jnp.where(scale < 0, jnp.nan, scale)
+        u = (self._power(nu) * scale).astype(dtype)
         return self.ratio(mu, nu, scale, dtype) * u, u
 
     def ratio(self, mu: jax.Array, nu: jax.Array, scale: Any, dtype: Any) -> jax.Array:
         del nu, scale
-        square = jnp.where(mu == -128, jnp.nan, self._square(mu))
+        q = mu.astype(jnp.float32)
+        square = jnp.where(q == -128, jnp.nan, self._square(q))
         return (square * np.float32(self.peak / 127**2)).astype(dtype)
 
     def saturated(self, mu: jax.Array, nu: jax.Array) -> dict[str, jax.Array]:
@@ -229,91 +234,41 @@ class Logarithmic(Format):
         noise: Any,
         constants: Constants,
     ) -> tuple[jax.Array, jax.Array]:
-        """See `Format`. It does not decode the norm: its codes are subtracted and compared.
-
-        A gradient above the range of norms counts as the largest in range.
-        """
-        (mu, nu), (scale, new_scale) = stored, scales
-        b1, b2, eps = cast(constants, jnp.float32)
-        if g.dtype == jnp.float64:
-            g = _clip_finite(g, 2.0**126)
-        g = g.astype(jnp.float32)
-        # The scale rises by whole steps against the decay, so all codes fall by their number; they
-        # rise where eps is lowered.
-        left = shrink(b2, scale)
-        fall = jnp.round(self.levels * jnp.log2(new_scale / jnp.abs(left)))  # 0 may be -0
-        fall = jnp.clip(fall, -1000, 255).astype(jnp.int32)
-        fallen = jnp.minimum(nu.astype(jnp.int32) - fall, 255)
-        size, unit = jnp.abs(g), self._unit(new_scale)
-        level = self._level(size * unit + eps * unit)
-        risen = jnp.maximum(level, fallen)
-
-        # The first moment, in the unit of squared codes: of the fallen norm, then of the risen. The
-        # formula is linear; its two weights are scalars.
-        since = scale / (new_scale * jnp.exp2(-fall.astype(jnp.float32) / self.levels))
-        zero = jnp.zeros_like(since)
-        weight = next_first_moment(np.float32(127**2 / self.peak) / new_scale, zero, b1)
-        largest = new_scale * np.float32(2 ** (255 / self.levels))
-        clipped = jnp.where(g > largest, largest, jnp.where(g < -largest, -largest, g))
-        kept = next_first_moment(zero, since, b1)
-        m = clipped * weight * self._power(-fallen) + self._square(mu) * kept
-        m = m * self._power(fallen - risen)
-        # A negative scale means that the state is corrupt. Traced b1 and b2 cannot be validated, so
-        # they are bounded here to keep m finite.
-        is_valid = (left >= 0) & (since >= 0) & (jnp.abs(kept) < 1e33)
-        is_valid &= jnp.abs(largest * weight) < 1e24
-        is_finite = size < jnp.where(is_valid, jnp.inf, 0.0)
-        code = jnp.where(is_finite, self._compress(m, noise), -128)
-        new_mu = jnp.where(mu == -128, mu, code.astype(jnp.int8))
-
-        # The new `nu` comes after `mu`, which reads the old one, so that it may take its place. A
-        # compiler with a loop for each result computes `risen` twice. See `benchmarks/NOTES.md`.
-        new_nu = jnp.where(new_mu == -128, np.asarray(255, nu.dtype), risen.astype(nu.dtype))
-        return without_derivatives((new_mu, new_nu), (g, scales, constants))
+        arguments = g, stored, scales, noise, constants
+        codes = lax.platform_dependent(
+            *arguments, cpu=partial(_cpu.logarithmic_step, self), default=super().step
+        )
+        return without_derivatives(codes, (g, scales, constants))
 
     def _unit(self, scale: Any) -> jax.Array:
         """What a norm is multiplied by for `_level`."""
         return np.float32(2 ** ((0.5 - 127) / self.levels)) / scale
 
     def _level(self, u: jax.Array) -> jax.Array:
-        """The nearest level to a norm in `_unit`, int32: 0 or 255 beyond the range."""
+        """The nearest level to a norm in `_unit`, uint32: 0 or 255 beyond the range."""
         # From level to level `u^levels` doubles. So the level is the exponent of that float32: 0
         # for what is too small, 255 for inf.
-        power = lax.integer_pow(u, self.levels)
-        return (lax.bitcast_convert_type(power, jnp.uint32) >> 23).astype(jnp.int32)
+        return lax.bitcast_convert_type(lax.integer_pow(u, self.levels), jnp.uint32) >> 23
 
-    def _square(self, mu: jax.Array) -> jax.Array:
+    def _square(self, q: jax.Array) -> jax.Array:
         """`q |q|` of a code of the first moment."""
-        q = mu.astype(jnp.float32)
         return q * jnp.abs(q)
 
     def _compress(self, square: jax.Array, noise: Any) -> jax.Array:
-        """A code q, int32, for which the mean of `q |q|` over all noise is `square`, or +-127.
+        """A code q, as float32, for which the mean of `q |q|` over all noise is `square`, or +-127.
 
-        The range ends there, for NaN too.
-
-        With `x = |square|` and c uniform in (0, 1), let q be the integer above `sqrt(x - c (1 - c))
-        - c`, or 0. For b^2 <= x < (b + 1)^2 it is b + 1 where `c (2 b + 1) < x - b^2`, else b: the
-        mean of q^2 is x.
+        The range ends there. With `x = |square|` and c uniform in (0, 1), let q be the integer part
+        of `sqrt(x - c (1 - c)) + c`, or 0. For b^2 <= x < (b + 1)^2 it is b + 1 where
+        `(1 - c) (2 b + 1) < x - b^2`, else b: the mean of q^2 is x.
         """
-        size = jnp.abs(square)
-        size = jnp.where(size < 127.0**2, size, 127.0**2)
-        # 1/2 - c
-        d = jnp.asarray(noise, jnp.int32).astype(jnp.float32) * -(2.0**-16) + (0.5 - 2.0**-17)
-        lower = size + (d * d - 0.25)
-        code = jnp.sqrt(jnp.where(lower > 0, lower, 0.0)) + d
-        return _round_to_int(jnp.where(square < 0, -code, code))
+        c = jnp.asarray(noise, jnp.int32).astype(jnp.float32) * 2.0**-16 + 2.0**-17
+        root = jnp.sqrt(jnp.maximum(jnp.abs(square) + (c * c - c), 0.0))
+        size = jnp.minimum(root, 127.0) + c
+        return jnp.where(square < 0, -size, size)
 
-    def _power(self, n: jax.Array) -> jax.Array:
-        """`2^(n / levels)` to 5e-5 (with 6 levels), exact for 0; n is int32, -510 to 255."""
-        # In units of 2^-23, as the exponent of a float32 is counted. The step is an integer, hence
-        # too small, so that whole octaves may lack up to 85 units.
-        log2 = n * np.int32(2**23 // self.levels) + np.int32(96)
-        fraction = log2 & np.int32(2**23 - 1)
-        z = lax.bitcast_convert_type(fraction | _ONE, jnp.float32)
-        power = reduce(lambda y, coefficient: y * z + coefficient, _EXP2[::-1])
-        bits = lax.bitcast_convert_type(power, jnp.int32) + (log2 - fraction)
-        return lax.bitcast_convert_type(bits, jnp.float32)
+    def _power(self, nu: jax.Array, sign: int = 1) -> jax.Array:
+        """`2^(+-nu / levels)` of a code."""
+        return jnp.exp(nu.astype(jnp.float32) * np.float32(sign * math.log(2) / self.levels))
 
 
 WIDE = Format()
@@ -364,22 +319,5 @@ def round_to_bfloat16(x: jax.Array, noise: Any) -> jax.Array:
     high = (bits >> 16).astype(jnp.uint16)
     rounded = lax.bitcast_convert_type(high, jnp.bfloat16)
     # The noise would carry some NaN over to zero, and the largest numbers to inf.
-    is_finite = jnp.isfinite(x) & jnp.isfinite(rounded)
-    return straight_through(x, jnp.where(is_finite, rounded, x.astype(jnp.bfloat16)))
-
-
-def _clip_finite(x: jax.Array, limit: float) -> jax.Array:
-    return jnp.where(jnp.isfinite(x), jnp.clip(x, -limit, limit), x)
-
-
-# 2^(z - 1) for 1 <= z < 2, lowest power first: relative error below 5e-5 in sixths, and 1 comes out
-# where z - 1 is 96 units of 2^-23.
-_EXP2 = np.array([0.4630053, 0.45312125, 0.01027734, 0.07358816], np.float32)
-_ONE = np.int32(127 << 23)
-# Added to a float32 of magnitude below 2^22, it leaves the nearest integer in the low bits.
-_MAGIC = np.float32(3 * 2**22)
-
-
-def _round_to_int(x: jax.Array) -> jax.Array:
-    """The nearest integer to a float32 of magnitude below 2^22, as int32."""
-    return lax.bitcast_convert_type(x + _MAGIC, jnp.int32) - _MAGIC.view(np.int32)
+    is_less = jnp.abs(x) < np.float32(jnp.finfo(jnp.bfloat16).max)
+    return straight_through(x, jnp.where(is_less, rounded, x.astype(jnp.bfloat16)))

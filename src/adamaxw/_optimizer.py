@@ -10,7 +10,7 @@ import jax.export
 import jax.numpy as jnp
 import optax
 
-from adamaxw import _formats, _hyperparameters, _leaves, _masking, _places, _rounding
+from adamaxw import _formats, _hyperparameters, _leaves, _masking, _noise, _places, _rounding
 from adamaxw._rule import Constants, Decay, Scalar, bias_correction, cast, next_step, shrink
 
 # Outside jit, larger trees go leaf by leaf if their moments are rounded at random: XLA's time and
@@ -223,7 +223,7 @@ def _transformation(
         if decay is not None and jax.tree.leaves(params):
             _masking.resolve_mask(mask, params)
         place = _places.scalar_sharding(params, fmt.has_scale)
-        seed = _rounding.seed_of(params) if fmt.is_noisy or rounding.is_noisy else None
+        seed = _noise.seed_of(params) if fmt.is_noisy or rounding.is_noisy else None
         count, nu_scale, seed = jax.tree.map(
             lambda x: x + jnp.zeros((), x.dtype, device=place),
             (jnp.zeros((), jnp.int32), _unit(fmt, eps), seed),
@@ -301,7 +301,6 @@ class _Step:
     """What the leaves share at one step.
 
     Attributes:
-        keys: those of the noise of all leaves; None if there is no noise.
         scales: those of the moments as they are stored, and as they will be.
         rate: `lr / (1 - b1^t)`.
         decay: the decay factor, by which parameters shrink.
@@ -309,7 +308,6 @@ class _Step:
         fmt: how moments are stored.
     """
 
-    keys: tuple[jax.Array, jax.Array] | None
     scales: tuple[jax.Array | None, jax.Array | None]
     rate: jax.Array
     decay: Scalar
@@ -349,13 +347,12 @@ def _update(
         new_scale = fmt.rescale(shrunk, jnp.asarray(eps, jnp.float32))
 
     trained = [leaf for leaf in leaves if leaf.rounding is not None]
-    indices, keys = repeat(None), None
+    keys = repeat(None)
     if any(fmt.is_noisy or leaf.rounding.is_noisy for leaf in trained):
-        indices = iter(_rounding.leaf_indices(before, len(trained)))
-        keys = _rounding.keys(jnp.uint32(0) if seed is None else seed, before, len(trained))
-    step = _Step(keys, (scale, new_scale), rate, decay, constants, fmt)
+        keys = iter(_noise.keys(jnp.uint32(0) if seed is None else seed, before, len(trained)))
+    step = _Step((scale, new_scale), rate, decay, constants, fmt)
     rows = [
-        _unchanged(leaf) if leaf.rounding is None else _step_leaf(leaf, step, next(indices))
+        _unchanged(leaf) if leaf.rounding is None else _step_leaf(leaf, step, next(keys))
         for leaf in leaves
     ]
     number = 3 if state.residual is None else 4
@@ -369,7 +366,7 @@ _update_in_one_call = jax.jit(_update, static_argnames=("fmt", "rounding", "deca
 
 @jax.jit  # Traced once for all leaves of a shape.
 def _step_leaf(
-    leaf: _leaves.Leaf, step: _Step, index: jax.Array | None
+    leaf: _leaves.Leaf, step: _Step, keys: tuple[jax.Array, jax.Array] | None
 ) -> tuple[Any, Any, Any, Any]:
     """Applies the rule to one leaf; returns `(update, mu, nu, residual)`."""
     fmt, rounding = step.fmt, leaf.rounding
@@ -379,7 +376,7 @@ def _step_leaf(
     noise = other_noise = None
     if fmt.is_noisy or rounding.is_noisy:
         axes = _places.varying_axes(g)
-        noise, other_noise = _rounding.noise(step.keys, index, g.shape, axes)
+        noise, other_noise = _noise.draw(keys, g.shape, axes)
 
     dtype = _formats.arithmetic(g.dtype)
     mu, nu = fmt.step(g, (leaf.mu, leaf.nu), step.scales, noise, step.constants)

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 # A Python float keeps its double precision until it meets an array; arrays may be traced.
 Scalar = float | jax.Array
@@ -105,3 +106,8 @@ def shrink(b: Decay, x: jax.Array) -> jax.Array:
 def cast(scalars: Any, dtype: Any) -> Any:
     """A tree of scalars with its arrays in a dtype; Python floats as they are."""
     return jax.tree.map(lambda x: x.astype(dtype) if isinstance(x, jax.Array) else x, scalars)
+
+
+def clipped(x: jax.Array) -> jax.Array:
+    """`x` within half of the range of float32; what is not finite stays so."""
+    return jnp.where(jnp.isfinite(x), lax.clamp(-(2.0**127), x, 2.0**127), x)

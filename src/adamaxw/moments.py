@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten_with_path, tree_leaves_with_path
 
-from adamaxw import _conversion, _formats, _leaves, _paths, _places, _rounding, _torch
+from adamaxw import _conversion, _formats, _leaves, _noise, _paths, _places, _rounding, _torch
 from adamaxw._hyperparameters import checked
 from adamaxw._optimizer import AdamaxState
 
@@ -281,7 +281,7 @@ def restart(state: Any) -> Any:
         if not isinstance(node, AdamaxState):
             return node
         (count,) = jax.tree.leaves(node.count)
-        seed = jax.tree.map(lambda seed: _rounding.next_seed(seed, count), node.seed)
+        seed = jax.tree.map(lambda seed: _noise.next_seed(seed, count), node.seed)
         zeros = jax.tree.map(jnp.zeros_like, node._replace(residual=None))
         return zeros._replace(residual=node.residual, seed=seed)
 
