@@ -1,0 +1,245 @@
+"""The step compiled for TPUs and GPUs that are not there, and what the compilers made of it.
+
+Every format and rounding, on one leaf and on trees of models, for each chip: nothing runs, and no
+chip is needed. The same versions give the same programs; only times differ between runs. Needs an
+environment of its own, which `make accelerators` makes. Run it with
+
+    python benchmarks/accelerators.py             # hours; results/accelerators.json and the page
+    python benchmarks/accelerators.py --check     # one leaf; fails where a target is missed
+
+Each job is a process of its own with ten minutes, and the file is written after each: a run that
+was stopped goes on where it was, as long as the package and the versions are the same.
+"""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chips
+import compiled_code
+import targets
+import trees
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "accelerators.json"
+LIMIT = 600  # seconds of a job
+LEAF = targets.LEAF
+ROWS = targets.ROWS
+
+
+class Job(NamedTuple):
+    """What is compiled: a row for a tree, and for which chip."""
+
+    tree: str
+    row: str
+    chip: str
+
+
+_MANY = ("optax float32", "float32, float32", "float32, bfloat16", "float32, uint8")
+_CPU = ("gpt2-small", "nvae-cifar10")
+TREES = (LEAF, "gpt2-small", "resnet-50", "resnet-50-hwio", "nvae-cifar10")
+
+
+def plan(only: Sequence[str], kinds: Sequence[str], names: Sequence[str]) -> list[Job]:
+    """All jobs of some trees, chips and rows. On the CPU only the time to compile counts."""
+    return [
+        Job(tree, row, chip)
+        for tree in names
+        for chip in kinds
+        for row in ROWS
+        if all(word in row for word in only)
+        and (chip != "CPU" or tree in _CPU)
+        and (tree != "nvae-cifar10" or row in _MANY)
+    ]
+
+
+def shapes(tree: str) -> list[tuple[int, ...]]:
+    """Of the leaves of a tree."""
+    return [(4096, 8192)] if tree == LEAF else list(trees.shapes(tree).values())
+
+
+def arguments(row: targets.Row, leaves: list[tuple[int, ...]], chip: str) -> tuple[Any, Any, Any]:
+    """Abstract parameters, state and gradients, on a chip."""
+    import jax
+
+    on = jax.sharding.SingleDeviceSharding(chips.device(chip))
+    params = [jax.ShapeDtypeStruct(shape, row.dtype) for shape in leaves]
+    state = jax.eval_shape(row.optimizer().init, params)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on), (params, state, params)
+    )
+
+
+def compiled(row: targets.Row, leaves: list[tuple[int, ...]], chip: str) -> tuple[Any, float]:
+    """The update and its application for a chip, and the processor seconds to trace and compile."""
+    import jax
+    import optax
+
+    optimizer = row.optimizer()
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    abstract = arguments(row, leaves, chip)
+    begin = time.process_time()
+    program = jax.jit(step, donate_argnums=(0, 1)).lower(*abstract).compile()
+    return program, time.process_time() - begin
+
+
+def _size(tree: Any) -> int:
+    import jax
+
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def figures(job: Job, dump: Path | None = None) -> dict[str, Any]:
+    """What a step became. Bytes, bundles and cycles are per parameter, kernels per leaf."""
+    row, leaves = ROWS[job.row], shapes(job.tree)
+    params, state, grads = arguments(row, leaves, job.chip)
+    program, seconds = compiled(row, leaves, job.chip)
+    found: dict[str, Any] = {"seconds": round(seconds, 2)}
+    if job.chip == "CPU":
+        return found
+    n = sum(x.size for x in params)
+    text = program.as_text()
+    moved = compiled_code.traffic(text)
+    least = 2 * _size((params, state)) + _size(grads)
+    large = sum(x.size * least / n > compiled_code.LARGE for x in params)
+    found |= {
+        "least": round(least / n, 3),
+        "bytes": round(moved.bytes / n, 3),
+        "kernels": round(moved.kernels / large, 2),
+        "temporaries": round(program.memory_analysis().temp_size_in_bytes / n, 3),
+    }
+    if job.chip in chips.TPUS:
+        found["cycles"] = round(compiled_code.cycles(text) / n, 5)
+        if dump is not None:
+            issued = compiled_code.bundles(text, dump)
+            found["bundles"] = issued and round(issued / n, 5)
+    elif job.tree == LEAF and moved.kernels == 1:
+        import gpu_code
+
+        found["instructions"] = round(gpu_code.instructions(program, _size((params, state)) / n), 1)
+    return found
+
+
+def source() -> str:
+    """Tells one version of the package from another."""
+    files = sorted((HERE.parent / "src").rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+
+
+def run_one(job: Job) -> dict[str, Any]:
+    """Figures of a job, in this process, which has compiled for the chip before."""
+    with tempfile.TemporaryDirectory() as folder:
+        dump = Path(folder) if job.tree == LEAF and job.chip in chips.TPUS else None
+        chips.prepare(dump)
+        compiled(ROWS["optax float32"], [(8, 128)], job.chip)
+        for path in Path(folder).iterdir():
+            path.unlink()
+        return figures(job, dump)
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Figures of a job in a process of its own, or why there are none."""
+    begin = time.monotonic()
+    try:
+        process = subprocess.run(
+            [sys.executable, __file__, "--job", json.dumps(job)],
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+        )
+    except subprocess.TimeoutExpired:
+        return {"skipped": f"did not compile within {LIMIT // 60} minutes"}
+    if process.returncode < 0:
+        return {"skipped": f"its process was killed after {time.monotonic() - begin:.0f} s"}
+    if process.returncode:
+        raise RuntimeError(f"{' | '.join(job)}: {process.stderr.strip()[-2000:]}")
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def versions() -> dict[str, str]:
+    """Of what compiles."""
+    import importlib.metadata
+    import platform
+
+    found = {"python": platform.python_version()}
+    names = ("jax", "jaxlib", "libtpu", "jax-cuda12-pjrt", "jax-cuda13-pjrt")
+    for name in (*names, "nvidia-cuda-nvdisasm", "optax"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def save(path: Path, found: dict[str, Any]) -> None:
+    """Writes the results, a row on a line."""
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in found["rows"])
+    head = json.dumps({key: found[key] for key in found if key != "rows"}, indent=1)
+    path.write_text(f'{head.removesuffix("}").rstrip()},\n "rows": [\n{rows}\n ]\n}}\n')
+
+
+def measure(jobs: Iterable[Job], path: Path) -> Iterator[dict[str, Any]]:
+    """Runs the jobs that the file does not have yet, and writes it after each."""
+    now = {"versions": versions(), "source": source()}
+    old = json.loads(path.read_text()) if path.exists() else {}
+    same = all(old.get(key) == value for key, value in now.items())
+    found: Any = now | {"rows": old["rows"] if same else []}
+    have = {(row["tree"], row["row"], row["chip"]) for row in found["rows"]}
+    for job in jobs:
+        if job not in have:
+            found["rows"].append(job._asdict() | run(job))
+            yield found["rows"][-1]
+            order = {job: i for i, job in enumerate(plan((), list(chips.CHIPS), TREES))}
+            found["rows"].sort(key=lambda row: order[Job(row["tree"], row["row"], row["chip"])])
+            save(path, found)
+
+
+def check(jobs: Iterable[Job]) -> list[str]:
+    """What misses a target, among jobs that this process does one after the other."""
+    chips.prepare()
+    rows = []
+    for job in jobs:
+        rows.append(job._asdict() | figures(job))
+    return [found.refusal() for found in targets.findings(rows) if not found.held]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compiles, checks or reports, as the command line says."""
+    parser = argparse.ArgumentParser(description="Compile the step for accelerators.")
+    parser.add_argument("--check", action="store_true", help="one leaf, against the targets")
+    parser.add_argument("--kinds", nargs="+", choices=chips.CHIPS, default=list(chips.CHIPS))
+    parser.add_argument("--trees", nargs="+", choices=TREES, default=list(TREES))
+    parser.add_argument("--only", nargs="+", default=(), help="words in the names of rows")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="file of results")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.job:
+        print(json.dumps(run_one(Job(*json.loads(args.job)))))
+        return
+    if args.check:
+        begin = time.monotonic()
+        jobs = plan(args.only, args.kinds, [LEAF])
+        refusals = check(jobs)
+        print(*refusals, f"{len(jobs)} steps, {time.monotonic() - begin:.0f} s", sep="\n")
+        sys.exit(f"{len(refusals)} targets missed" if refusals else 0)
+    for row in measure(plan(args.only, args.kinds, args.trees), args.json):
+        print(json.dumps(row), flush=True)
+    if args.json == RESULTS:
+        import accelerators_page
+
+        accelerators_page.write()
+
+
+if __name__ == "__main__":
+    main()
