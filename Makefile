@@ -4,7 +4,7 @@ VENV ?= .venv
 TESTS ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test check lowest docs bench clean
+.PHONY: demo test check lowest docs bench accelerators accelerators-check clean
 
 # The optimizer at work on real input: about two minutes on two cores; pictures in output/.
 demo: $(VENV)/.installed
@@ -38,8 +38,18 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/report.py
 
+# The step compiled for TPUs and GPUs that are not there: hours, of which any may be stopped and
+# gone on with; rewrites docs/accelerators.md. The environment has 2 GB.
+accelerators: .venv-accelerators/.installed
+	.venv-accelerators/bin/python benchmarks/cycles.py
+	.venv-accelerators/bin/python benchmarks/accelerators.py
+
+# Kernels, bytes and temporaries of one leaf of every format and rounding, against the targets.
+accelerators-check: .venv-accelerators/.installed
+	.venv-accelerators/bin/python benchmarks/accelerators.py --check
+
 clean:
-	rm -rf .venv .venv-lowest output
+	rm -rf .venv .venv-lowest .venv-accelerators output
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -55,4 +65,13 @@ $(VENV)/.bench: $(VENV)/.installed
 .venv-lowest/.installed: pyproject.toml tests/lowest.txt
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/pip install --quiet --constraint tests/lowest.txt --editable '.[test]'
+	@touch $@
+
+# The compiler for CUDA comes without the libraries of CUDA, which only a GPU needs.
+.venv-accelerators/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-accelerators
+	.venv-accelerators/bin/pip install --quiet 'jax[tpu]' cramjam psutil rich --editable .
+	version=$$(.venv-accelerators/bin/python -c 'import jax; print(jax.__version__)') && \
+	  .venv-accelerators/bin/pip install --quiet --no-deps nvidia-cuda-nvdisasm \
+	  jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version
 	@touch $@

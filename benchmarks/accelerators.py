@@ -163,7 +163,8 @@ def run(job: Job) -> dict[str, Any]:
     if process.returncode < 0:
         return {"skipped": f"its process was killed after {time.monotonic() - begin:.0f} s"}
     if process.returncode:
-        raise RuntimeError(f"{' | '.join(job)}: {process.stderr.strip()[-2000:]}")
+        lines = process.stderr.strip().splitlines() or ["no message"]
+        return {"skipped": f"failed: {lines[-1][:100]}"}
     return json.loads(process.stdout.splitlines()[-1])
 
 
@@ -238,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json == RESULTS:
         import accelerators_page
 
-        accelerators_page.write()
+        accelerators_page.main()
 
 
 if __name__ == "__main__":

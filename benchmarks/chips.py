@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import os
 from pathlib import Path
@@ -111,18 +112,19 @@ def device(name: str) -> Any:
 
 
 def _cuda(description: str) -> Any:
-    # JAX's public way makes a client first, which needs a GPU.
+    # The public way makes a client first, which needs a GPU.
     import jax
-    from jax._src.lib import _jax, xla_client
     from jax.experimental import topologies
 
+    internal: Any = importlib.import_module("jax._src.lib")
+    client = internal.xla_client
     jax.devices("cpu")  # Looks for plugins, and complains of one that is loaded already.
-    if not xla_client.pjrt_plugin_loaded("cuda"):
-        xla_client.load_pjrt_plugin_dynamically("cuda", str(_plugin()))
-    if not xla_client.pjrt_plugin_initialized("cuda"):
-        xla_client.initialize_pjrt_plugin("cuda")
+    if not client.pjrt_plugin_loaded("cuda"):
+        client.load_pjrt_plugin_dynamically("cuda", str(_plugin()))
+    if not client.pjrt_plugin_initialized("cuda"):
+        client.initialize_pjrt_plugin("cuda")
     options = {"target_config": description, "topology": "1x1x1"}
-    found: Any = _jax.get_default_c_api_topology("cuda", "1x1x1", options)
+    found = internal._jax.get_default_c_api_topology("cuda", "1x1x1", options)
     return topologies.TopologyDescription(found._make_compile_only_devices()).devices[0]
 
 

@@ -124,9 +124,9 @@ def bundles(text: str, dump: Path) -> int | None:
 def _dumped(dump: Path, kernel: str, what: str) -> str:
     name = re.compile(rf"\d+-{re.escape(kernel)}-\d+-{what}\.txt")
     found = [path for path in dump.iterdir() if name.fullmatch(path.name)]
-    if len(found) != 1:
-        raise FileNotFoundError(f"{len(found)} files of the {what} of {kernel}")
-    return found[0].read_text()
+    if not found:
+        raise FileNotFoundError(f"no {what} of {kernel}")
+    return max(found).read_text()  # The last: where one does not fit, others are tried.
 
 
 def opcodes(disassembly: str) -> list[str]:

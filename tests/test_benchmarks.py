@@ -1,7 +1,9 @@
-"""The speed benchmarks: same work for all, results that merge, a page that is the results'."""
+"""The benchmarks: same work for all, results that merge, pages that are the results'."""
 
 import json
 
+import accelerators_page
+import compiled_code
 import contenders
 import harness
 import measure
@@ -10,6 +12,7 @@ import pytest
 import report
 import results
 import speed
+import targets
 import trees
 from oracle import Oracle
 
@@ -288,3 +291,81 @@ def test_committed_page_is_that_of_the_committed_results():
 def test_readme_has_the_table_of_the_committed_results():
     readme = (speed.HERE.parent / "README.md").read_text(encoding="utf-8")
     assert "\n".join(report.summary(results.load(speed.OUTPUT))) in readme
+
+
+HLO = """HloModule jit_step
+
+%fused (a: f32[512,128]) -> f32[512,128] {
+  %a = f32[512,128]{1,0} parameter(0)
+  ROOT %b = f32[512,128]{1,0} negate(%a)
+}
+
+ENTRY %main (p: f32[512,128], g: bf16[512,128]) -> (f32[512,128], s8[512,128]) {
+  %p = f32[512,128]{1,0:T(8,128)} parameter(0)
+  %g = bf16[512,128]{1,0:T(8,128)(2,1)} parameter(1)
+  %scalar = f32[]{:T(128)} fusion(), kind=kLoop, calls=%rate
+  %slice-start = ((bf16[512,128]{1,0}), bf16[256,128]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%g)
+  %slice-done = bf16[256,128]{1,0:S(1)} slice-done(%slice-start)
+  %copy-start = (f32[512,128]{1,0:S(1)}, f32[512,128]{1,0}, u32[]{:S(2)}) copy-start(%p)
+  %copy-done = f32[512,128]{1,0:S(1)} copy-done(%copy-start)
+  %step = (f32[512,128]{1,0}, s8[512,128]{1,0}) fusion(%copy-done, /*index=1*/%g, %scalar)
+  %new = f32[512,128]{1,0} get-tuple-element(%step), index=0
+  ROOT %out = f32[512,128]{1,0:T(8,128)} fusion(%new), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_traffic_is_that_of_the_far_memory_and_counts_large_kernels():
+    # Half of the gradients and the parameters are copied to the chip; the first kernel reads the
+    # gradients, writes 4 + 1 bytes, and finds the parameters there; the second reads and writes 4.
+    moved = 512 * 128 * (2 // 2 + 4 + (2 + 4 + 1) + (4 + 4))
+    scalar = 4
+    assert compiled_code.traffic(HLO) == (moved + scalar, 2)
+
+
+def test_instructions_end_where_the_thread_does():
+    code = """
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0010*/              @!P0 FMUL R13, R20.reuse, R13 ;
+        /*0020*/                   STG.E.128 desc[UR4][R22.64], R16 ;
+        /*0030*/                   STG.E.U8 desc[UR4][R8.64], R5 ;
+        /*0040*/                   EXIT ;
+        /*0050*/                   BRA `(.L_x_0);
+        /*0060*/                   NOP;
+    """
+    names = compiled_code.opcodes(code)
+    assert names == ["LDG.E.128", "FMUL", "STG.E.128", "STG.E.U8", "EXIT"]
+    assert compiled_code.stored(names) == 16 + 1
+
+
+def compiled_row(name, **figures):
+    return {"tree": targets.LEAF, "row": name, "chip": "v5e"} | figures
+
+
+def test_targets_refuse_what_misses_them_and_say_where(monkeypatch):
+    good = {"kernels": 1.0, "bytes": 16.0, "least": 16.0, "temporaries": 0.0, "cycles": 6.0}
+    reference = compiled_row(targets.REFERENCE, cycles=10.0)
+    found = targets.findings([reference, compiled_row("float32, uint8", **good)])
+    assert [x.value for x in found] == [1.0, 1.0, 0.0, 0.6]
+    assert all(x.held for x in found)
+    bad = good | {"bytes": 17.0, "cycles": 10.2}
+    found = targets.findings([reference, compiled_row("float32, uint8", **bad)])
+    size, cycles = (x for x in found if not x.held)
+    for words in ("float32, uint8", "v5e", targets.LEAF, "bytes", "1.06", "at most 1 "):
+        assert words in size.refusal()
+    excuse = targets.Shortfall("cycles / Optax", "float32, uint8", "v*", "*", 1.1, "because")
+    monkeypatch.setattr(targets, "SHORTFALLS", (excuse,))
+    found = targets.findings([reference, compiled_row("float32, uint8", **bad)])
+    assert [x.target for x in found if not x.met] == [size.target, cycles.target]
+    assert [x.target for x in found if not x.held] == [size.target]
+
+
+def test_rows_are_all_formats_and_roundings_and_each_target_has_some():
+    assert len(targets.OURS) == 12
+    for target in targets.TARGETS:
+        assert target.rows
+        assert set(target.rows) <= set(targets.ROWS)
+
+
+def test_committed_page_of_accelerators_is_that_of_the_committed_results():
+    assert accelerators_page.PAGE.read_text(encoding="utf-8") == accelerators_page.committed()

@@ -1,0 +1,284 @@
+"""The page of what was compiled for accelerators, made of the committed results and nothing else.
+
+python benchmarks/accelerators_page.py    # writes docs/accelerators.md
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import accelerators
+import chips
+import compiled_code
+import cycles
+import targets
+import trees
+from report import table
+
+PAGE = accelerators.HERE.parent / "docs" / "accelerators.md"
+Row = dict[str, Any]
+
+_INTRODUCTION = """# Compiled for accelerators
+
+Every format and rounding, compiled for TPUs and GPUs by the compilers that their users have, and
+what became of it: how many kernels, what they move, and what it costs to compile. **Nothing here
+was run.** The compilers need no chip, and none was at hand: no figure is the time of a step. What
+is counted in a compiled program is exact: kernels, bytes, temporaries, bundles, machine
+instructions. Cycles are an estimate of the compiler's, which
+[leaves much out](#what-the-cycles-count). Seconds are processor time beside other load.
+
+`make accelerators` compiles again, in an environment of its own, and rewrites this page;
+`make accelerators-check` holds one leaf to the [targets](#targets), in less than 3 minutes.
+
+What is compiled is the update and its application in one jit, parameters and state donated: for
+v5e, v6e and v5p by libtpu, for H100 and B200 by XLA's compiler for CUDA from the descriptions that
+XLA has of them. "One leaf" is an array of 4096 x 8192. The trees are those of
+[Benchmarks](benchmarks.md): GPT-2 small, ResNet-50 with height and width of the kernels last
+("resnet-50") and first ("resnet-50-hwio"), and NVAE."""
+
+_LEGEND = f"""- **Rows** name the dtypes of parameters and moments, and how bfloat16 parameters
+  are rounded. Gradients have the dtype of the parameters.
+- **Kernels** are those that touch more than {compiled_code.LARGE:,} bytes, per leaf whose least
+  traffic is more than that: fewer than 1 where XLA merges the steps of several leaves.
+- **Bytes** are read from and written to the chip's memory, per parameter; in brackets the least:
+  gradients read, parameters and state read and written, once. Copies between that memory and the
+  one on a TPU chip count where they begin or end in the former.
+- **Temporaries** are what the program allocates beside arguments and results, in bytes per
+  parameter.
+- **Cycles** are the sum of the TPU compiler's estimates for all kernels, for 1,000 parameters; in
+  brackets, in units of `{targets.REFERENCE}` on the same chip.
+- **Bundles** are the instruction words that a TPU core issues for 1,000 parameters, counted in the
+  scheduled code: the cycles that its arithmetic takes if it waits for nothing. The two cores of
+  v5p share them. No figure where the code of a kernel has loops inside.
+- **Instructions** are those of the disassembled kernel, per element.
+- **Bound** is what no step can be faster than, in picoseconds per parameter: the larger of bytes
+  over the stated bandwidth (H100 3.35 TB/s, B200 7.67 TB/s) and instructions over those that the
+  chip can issue (4 x 32 a clock for each of H100's 132 processors at 1.755 GHz, and of B200's 148
+  at 1.965 GHz)."""
+
+_CYCLES = """## What the cycles count
+
+The estimate did not move when vector operations were exchanged. `benchmarks/cycles.py` compiles
+kernels that differ in one thing, to see why:
+
+- **It is the larger of two, memory and arithmetic.** Ten operations on an element cost what one
+  does, as long as memory takes longer; a hundred cost more. Of what is hidden, the part of the
+  first window is added, before which nothing overlaps.
+- **Memory** is bytes over a fixed rate: {rates} bytes a cycle. At the
+  clocks that follow from the stated peaks of matrix products, that is {shares}
+  of the stated bandwidth. A kernel of which all results are narrower than 32 bits is charged more,
+  which no byte explains: so is a step of bfloat16 parameters with bfloat16 moments.
+- **Arithmetic** is a price list of operations, not a count of the scheduled code. Integer
+  operations are right to 1%. A product and a power of two are priced as three integer operations,
+  which is why exchanging the one for the other changed nothing; on v5e the code issues {exp2} times
+  the bundles of that price, for square roots {sqrt} times, for divisions {division} times.
+- **The start of a kernel** is in it: {small} cycles on v5e for a leaf of 1,024 elements, of which
+  the bytes are 28.
+- **Left out** is the schedule: what a unit can take at once, chains of dependent operations,
+  registers spilled. So is all waiting for copies between the two memories, which run beside the
+  kernels of a tree: a kernel finds those bytes on the chip at no charge, and a tree can have
+  fewer cycles than its bytes allow.
+
+So cycles tell whether the *bytes* of a kernel are right, and bundles whether its arithmetic hides
+behind them: a row with more bundles than cycles takes at least the bundles."""
+
+
+def _ratio(row: Row, key: str, reference: Row) -> str:
+    return f" ({row[key] / reference[key]:.2f})" if reference.get(key) else ""
+
+
+def _tpu_cells(row: Row, reference: Row) -> list[str]:
+    issued = row.get("bundles")
+    return [
+        f"{row['cycles'] * 1000:.1f}{_ratio(row, 'cycles', reference)}",
+        f"{issued * 1000:.1f}" if issued else "",
+    ]
+
+
+def bound(row: Row) -> tuple[float, float]:
+    """Seconds per parameter that a GPU takes at least for memory, and for instructions."""
+    chip = chips.CHIPS[row["chip"]]
+    return row["bytes"] / chip.bandwidth, row.get("instructions", 0) / chip.issue
+
+
+def _gpu_cells(row: Row, _: Row) -> list[str]:
+    memory, issue = bound(row)
+    if not issue:
+        return ["", ""]
+    word = "memory" if memory >= issue else "instructions"
+    return [f"{row['instructions']:.0f}", f"{max(memory, issue) * 1e12:.2f}, {word}"]
+
+
+def _chip(chip: str, rows: list[Row]) -> list[str]:
+    """The table of a tree on a chip."""
+    cells, more = (
+        (_tpu_cells, ["cycles (relative)", "bundles"])
+        if chip in chips.TPUS
+        else (_gpu_cells, ["instructions", "bound, ps"])
+    )
+    reference = next((row for row in rows if row["row"] == targets.REFERENCE), {})
+    found = [
+        [
+            row["row"],
+            f"{row['kernels']:.3g}",
+            f"{row['bytes']:.2f} ({row['least']:.0f})",
+            f"{row['temporaries']:.2f}",
+            *cells(row, reference),
+        ]
+        for row in rows
+        if "kernels" in row
+    ]
+    if chip in chips.GPUS and not any(row[-1] for row in found):
+        found, more = [row[:-2] for row in found], []
+    columns = ["parameters, moments, rounding", "kernels", "bytes (least)", "temporaries", *more]
+    return [f"**{chip}**", "", *table(columns, found), ""] if found else []
+
+
+def _seconds(rows: list[Row]) -> list[str]:
+    """Processor seconds to trace and compile, of all chips."""
+    have = [chip for chip in chips.CHIPS if any(row["chip"] == chip for row in rows)]
+    found = {(row["row"], row["chip"]): row for row in rows}
+
+    def cell(name: str, chip: str) -> str:
+        row, reference = found.get((name, chip), {}), found.get((targets.REFERENCE, chip), {})
+        if "seconds" not in row:
+            return row.get("skipped", "")
+        return f"{row['seconds']:.3g}{_ratio(row, 'seconds', reference)}"
+
+    names = [name for name in targets.ROWS if any(row["row"] == name for row in rows)]
+    cells = ([name, *(cell(name, chip) for chip in have)] for name in names)
+    return [
+        "Processor seconds to trace and compile (relative):",
+        "",
+        *table(["parameters, moments, rounding", *have], cells),
+        "",
+    ]
+
+
+def _tree(tree: str, rows: list[Row]) -> list[str]:
+    size = "" if tree == targets.LEAF else f": {len(trees.shapes(tree)):,} leaves"
+    lines = [f"## {tree[0].upper()}{tree[1:]}{size}", ""]
+    for chip in chips.CHIPS:
+        lines += _chip(chip, [row for row in rows if row["chip"] == chip])
+    # One leaf compiles too fast to compare.
+    return lines if tree == targets.LEAF else lines + _seconds(rows)
+
+
+def _words(columns: list[str], rows: list[list[str]]) -> list[str]:
+    """A table of text."""
+    head, _, *body = table(columns, rows)
+    return [head, "|---" * len(columns) + "|", *body]
+
+
+def _where(found: Iterable[targets.Finding]) -> str:
+    return "; ".join(f"{x.tree}, {x.chip} {x.value:.3g}" for x in found)
+
+
+def _targets(rows: list[Row]) -> list[str]:
+    """All targets beside the worst figure of each, and where and why they are missed."""
+    findings = targets.findings(rows)
+    summary, misses = [], []
+    for target in targets.TARGETS:
+        mine = [found for found in findings if found.target is target]
+        if not mine:
+            continue
+        worst = max(mine, key=lambda found: found.value)
+        missed = [found for found in mine if not found.met]
+        met = f"{len(mine) - len(missed)} of {len(mine)}"
+        summary.append(
+            [target.words, _names(target), f"{target.bound:g}", f"{worst.value:.3g}", met]
+        )
+        for name in dict.fromkeys(found.row for found in missed):
+            for cause in dict.fromkeys(_cause(found) for found in missed if found.row == name):
+                same = [x for x in missed if x.row == name and _cause(x) == cause]
+                misses.append([name, target.words, f"{target.bound:g}", _where(same), cause])
+    lines = ["## Targets", "", *_words(["figure", "rows", "at most", "worst", "met"], summary), ""]
+    if misses:
+        columns = ["parameters, moments, rounding", "figure", "at most", "is", "cause"]
+        lines += ["Where they are missed:", "", *_words(columns, misses), ""]
+    return lines
+
+
+def _cause(found: targets.Finding) -> str:
+    return found.shortfall.cause if found.shortfall else "not explained"
+
+
+def _names(target: targets.Target) -> str:
+    groups = {targets.OURS: "all", targets.PLAIN: 'all but "exact"', targets.EXACT: 'all "exact"'}
+    return groups.get(target.rows, "; ".join(target.rows))
+
+
+def _experiment(found: dict[str, Any]) -> list[str]:
+    """What the cycles count, with the tables that say so."""
+    rows = {(x["chip"], x["kernel"], x["repeats"]): x for x in found["bytes"] + found["operations"]}
+    reads = cycles.OPERATIONS[0].name
+    rates = {chip: 12e3 / rows[chip, reads, 1]["cycles"] for chip in chips.TPUS}
+    shares = {
+        chip: rates[chip] * chips.CHIPS[chip].clock / chips.CHIPS[chip].bandwidth
+        for chip in chips.TPUS
+        if chips.CHIPS[chip].clock
+    }
+
+    def excess(kernel: int) -> str:
+        row = rows["v5e", cycles.OPERATIONS[kernel].name, 100]
+        return f"{row['bundles'] / row['cycles']:.1f}"
+
+    text = _CYCLES.format(
+        rates=", ".join(f"about {rate:.0f} on {chip}" for chip, rate in rates.items()),
+        shares=" and ".join(f"{share:.0%} on {chip}" for chip, share in shares.items()),
+        division=excess(1),
+        sqrt=excess(2),
+        exp2=excess(3),
+        small=f"{found['small'][0]['cycles']:,.0f}",
+    )
+    lines = [*text.splitlines(), "", "Cycles and, in brackets, bundles, for 1,000 elements:", ""]
+    cells = []
+    for kernel, repeats in dict.fromkeys((name, k) for _, name, k in rows):
+        of = [rows[chip, kernel, repeats] for chip in chips.TPUS]
+        size = f"{of[0]['bytes']}"
+        cells.append([f"{kernel}, {repeats}x", size, *map(_pair, of)])
+    return [*lines, *table(["kernel", "bytes", *chips.TPUS], cells), ""]
+
+
+def _pair(row: Row) -> str:
+    return (
+        f"{row['cycles']:.1f} ({row['bundles']:.1f})" if row["bundles"] else f"{row['cycles']:.1f}"
+    )
+
+
+def page(found: dict[str, Any], experiment: dict[str, Any]) -> str:
+    """The whole page, in Markdown."""
+    lines = [
+        _INTRODUCTION,
+        "",
+        *_targets(found["rows"]),
+        "## How to read the tables",
+        "",
+        _LEGEND,
+        "",
+    ]
+    for tree in accelerators.TREES:
+        rows = [row for row in found["rows"] if row["tree"] == tree]
+        lines += _tree(tree, rows) if rows else []
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    lines += [*_experiment(experiment), "## Versions", "", f"{versions}."]
+    return "\n".join(lines) + "\n"
+
+
+def _load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def committed() -> str:
+    """The page of the committed results."""
+    return page(_load(accelerators.RESULTS), _load(cycles.RESULTS))
+
+
+def main() -> None:
+    """Writes the page."""
+    PAGE.write_text(committed(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
