@@ -44,7 +44,7 @@ accelerators: .venv-accelerators/.installed
 	.venv-accelerators/bin/python benchmarks/cycles.py
 	.venv-accelerators/bin/python benchmarks/accelerators.py
 
-# Kernels, bytes and temporaries of one leaf of every format and rounding, against the targets.
+# One leaf of every format and rounding, against the targets of benchmarks/targets.py.
 accelerators-check: .venv-accelerators/.installed
 	.venv-accelerators/bin/python benchmarks/accelerators.py --check
 

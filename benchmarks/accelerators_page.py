@@ -65,11 +65,11 @@ kernels that differ in one thing, to see why:
 - **It is the larger of two, memory and arithmetic.** Ten operations on an element cost what one
   does, as long as memory takes longer; a hundred cost more. So nothing moves while arithmetic
   hides behind memory, but for its part in the first window, before which nothing overlaps.
-- **Memory** is bytes over a fixed rate, in bytes a cycle: {rates}.
-  At the clocks that follow from the stated peaks of matrix products, that is {shares}
-  of the stated bandwidth. A kernel of which all results are narrower than 32 bits is charged more,
-  {narrow} cycles for 1,000 elements on v5e, which no byte explains: so is a step of bfloat16
-  parameters with bfloat16 moments.
+- **Memory** is bytes over a rate: {rates} bytes
+  a cycle. At the clocks that follow from the stated peaks of matrix products, that is
+  {shares} of the stated bandwidth. A kernel of which all results are narrower
+  than 32 bits is charged more, {narrow} cycles for 1,000 elements on v5e, which no byte explains:
+  so is a step of bfloat16 parameters with bfloat16 moments.
 - **Arithmetic** is a price list of operations, not a count of the scheduled code. Integer
   operations are right to 1%. A product and a power of two are priced as three integer operations,
   which is why exchanging the one for the other changed nothing; on v5e the code issues {exp2} times
@@ -130,8 +130,8 @@ def _chip(chip: str, rows: list[Row]) -> list[str]:
         for row in rows
         if "kernels" in row
     ]
-    if chip in chips.GPUS and not any(row[-1] for row in found):
-        found, more = [row[:-2] for row in found], []
+    while more and not any(row[-1] for row in found):
+        found, more = [row[:-1] for row in found], more[:-1]
     columns = ["parameters, moments, rounding", "kernels", "bytes (least)", "temporaries", *more]
     return [f"**{chip}**", "", *table(columns, found), ""] if found else []
 
@@ -213,10 +213,14 @@ def _names(target: targets.Target) -> str:
 def _experiment(found: dict[str, Any]) -> list[str]:
     """What the cycles count, with the tables that say so."""
     rows = {(x["chip"], x["kernel"], x["repeats"]): x for x in found["bytes"] + found["operations"]}
-    reads = cycles.OPERATIONS[0].name
-    rates = {chip: 12e3 / rows[chip, reads, 1]["cycles"] for chip in chips.TPUS}
+    rates = {
+        chip: sorted(
+            kernel.bytes * 1e3 / rows[chip, kernel.name, 1]["cycles"] for kernel in cycles.BYTES[:2]
+        )
+        for chip in chips.TPUS
+    }
     shares = {
-        chip: rates[chip] * chips.CHIPS[chip].clock / chips.CHIPS[chip].bandwidth
+        chip: rates[chip][-1] * chips.CHIPS[chip].clock / chips.CHIPS[chip].bandwidth
         for chip in chips.TPUS
         if chips.CHIPS[chip].clock
     }
@@ -228,12 +232,12 @@ def _experiment(found: dict[str, Any]) -> list[str]:
         return f"{row['bundles'] / row['cycles']:.1f}"
 
     text = _CYCLES.format(
-        rates=", ".join(f"about {rate:,.0f} on {chip}" for chip, rate in rates.items()),
+        rates=", ".join(f"{_range(rate)} on {chip}" for chip, rate in rates.items()),
         shares=" and ".join(f"{share:.0%} on {chip}" for chip, share in shares.items()),
         division=excess(1),
         sqrt=excess(2),
         exp2=excess(3),
-        narrow=f"{narrow['cycles'] - 4e3 / rates['v5e']:.0f}",
+        narrow=f"{narrow['cycles'] - 4e3 / rates['v5e'][-1]:.0f}",
         small=f"{found['small'][0]['cycles']:,.0f}",
     )
     lines = [*text.splitlines(), "", "Cycles and, in brackets, bundles, for 1,000 elements:", ""]
@@ -243,6 +247,10 @@ def _experiment(found: dict[str, Any]) -> list[str]:
         size = f"{of[0]['bytes']}"
         cells.append([f"{kernel}, {repeats}x", size, *map(_pair, of)])
     return [*lines, *table(["kernel", "bytes", *chips.TPUS], cells), ""]
+
+
+def _range(values: list[float]) -> str:
+    return " to ".join(dict.fromkeys(f"{value:,.0f}" for value in values))
 
 
 def _pair(row: Row) -> str:
@@ -266,8 +274,20 @@ def page(found: dict[str, Any], experiment: dict[str, Any]) -> str:
         rows = [row for row in found["rows"] if row["tree"] == tree]
         lines += _tree(tree, rows) if rows else []
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    lines += [*_experiment(experiment), "## Versions", "", f"{versions}."]
+    lines += [*_experiment(experiment), *_absent(found["rows"]), "## Versions", "", f"{versions}."]
     return "\n".join(lines) + "\n"
+
+
+def _absent(rows: list[Row]) -> list[str]:
+    """What of the plan has no result."""
+    have = {(row["tree"], row["row"], row["chip"]) for row in rows}
+    left: dict[tuple[str, str], int] = {}
+    for job in accelerators.plan((), tuple(chips.CHIPS), accelerators.TREES):
+        if job not in have:
+            left[job.tree, job.chip] = left.get((job.tree, job.chip), 0) + 1
+    lines = [f"- {tree}, {chip}: {number} rows." for (tree, chip), number in left.items()]
+    words = "Of what `make accelerators` compiles, these tables do not have:"
+    return ["## What was not compiled", "", words, "", *lines, ""] if lines else []
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 
+import accelerators
 import accelerators_page
 import compiled_code
 import contenders
@@ -365,6 +366,27 @@ def test_rows_are_all_formats_and_roundings_and_each_target_has_some():
     for target in targets.TARGETS:
         assert target.rows
         assert set(target.rows) <= set(targets.ROWS)
+
+
+def test_compiling_goes_on_where_it_was_until_the_package_changes(tmp_path, monkeypatch):
+    jobs = accelerators.plan(["uint8", "exact"], ["v5e", "H100"], [targets.LEAF])
+    done = []
+    monkeypatch.setattr(accelerators, "run", lambda job: done.append(job) or {"seconds": 1.0})
+    path = tmp_path / "accelerators.json"
+    next(measuring := accelerators.measure(jobs, path))
+    next(measuring)
+    assert len(json.loads(path.read_text())["rows"]) == 1  # The second was not waited for.
+    list(accelerators.measure(jobs, path))
+    assert done == [jobs[0], jobs[1], jobs[1]]
+    assert list(accelerators.measure(jobs, path)) == []
+    monkeypatch.setattr(accelerators, "source", lambda: "another")
+    assert len(list(accelerators.measure(jobs, path))) == 2
+
+
+def test_causes_are_of_targets_that_the_committed_results_miss():
+    found = targets.findings(json.loads(accelerators.RESULTS.read_text())["rows"])
+    missed = {x.shortfall for x in found if not x.met}
+    assert set(targets.SHORTFALLS) <= missed
 
 
 def test_committed_page_of_accelerators_is_that_of_the_committed_results():
