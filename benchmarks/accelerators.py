@@ -196,21 +196,20 @@ def measure(jobs: Iterable[Job], path: Path) -> Iterator[dict[str, Any]]:
     same = all(old.get(key) == value for key, value in now.items())
     found: Any = now | {"rows": old["rows"] if same else []}
     have = {(row["tree"], row["row"], row["chip"]) for row in found["rows"]}
+    order = {job: i for i, job in enumerate(plan((), list(chips.CHIPS), TREES))}
     for job in jobs:
         if job not in have:
-            found["rows"].append(job._asdict() | run(job))
-            yield found["rows"][-1]
-            order = {job: i for i, job in enumerate(plan((), list(chips.CHIPS), TREES))}
+            row = job._asdict() | run(job)
+            found["rows"].append(row)
             found["rows"].sort(key=lambda row: order[Job(row["tree"], row["row"], row["chip"])])
             save(path, found)
+            yield row
 
 
 def check(jobs: Iterable[Job]) -> list[str]:
     """What misses a target, among jobs that this process does one after the other."""
     chips.prepare()
-    rows = []
-    for job in jobs:
-        rows.append(job._asdict() | figures(job))
+    rows = [job._asdict() | figures(job) for job in jobs]
     return [found.refusal() for found in targets.findings(rows) if not found.held]
 
 

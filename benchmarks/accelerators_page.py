@@ -158,8 +158,8 @@ def _seconds(rows: list[Row]) -> list[str]:
 
 
 def _tree(tree: str, rows: list[Row]) -> list[str]:
-    size = "" if tree == targets.LEAF else f": {len(trees.shapes(tree)):,} leaves"
-    lines = [f"## {tree[0].upper()}{tree[1:]}{size}", ""]
+    title = "One leaf" if tree == targets.LEAF else f"{tree}: {len(trees.shapes(tree)):,} leaves"
+    lines = [f"## {title}", ""]
     for chip in chips.CHIPS:
         lines += _chip(chip, [row for row in rows if row["chip"] == chip])
     # One leaf compiles too fast to compare.

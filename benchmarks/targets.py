@@ -1,13 +1,13 @@
 """What a step compiled for an accelerator shall be, in one table, and where it is not.
 
-The rows that are compiled stand here too, for they are what targets are of. Nothing here needs JAX.
+The rows that are compiled stand here too, for they are what targets are of.
 """
 
 import fnmatch
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-LEAF = "one leaf"
+LEAF = "leaf"
 REFERENCE = "optax float32"
 
 
