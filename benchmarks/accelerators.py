@@ -158,7 +158,7 @@ def run(job: Job) -> dict[str, Any]:
             timeout=LIMIT,
         )
     except subprocess.TimeoutExpired:
-        return {"skipped": f"did not compile within {LIMIT // 60} minutes"}
+        return {"skipped": f"did not compile within {LIMIT / 60:g} minutes"}
     if process.returncode < 0:
         return {"skipped": f"its process was killed after {time.monotonic() - begin:.0f} s"}
     if process.returncode:
