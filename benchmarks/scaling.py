@@ -15,6 +15,7 @@ import math
 import re
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -184,18 +185,34 @@ def _gb(size: float) -> str:
 
 
 def collectives(text: str) -> list[tuple[str, str]]:
-    """The communication in compiled HLO: the kind of each, and the shape of what it results in."""
+    """The communication in compiled HLO: the kind of each, and the shapes that it results in.
+
+    For TPU, XLA writes one that is asynchronous into several fusions, of which the first counts,
+    and a reduce-scatter as a fusion of an all-reduce and a slice.
+    """
     kinds = (
         "all-gather|all-reduce|all-to-all|ragged-all-to-all|reduce-scatter|collective-permute|"
         "collective-broadcast"
     )
-    found = re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text)
-    return [(kind, shape.split("{")[0]) for shape, kind in found]
+    found = []
+    for computation in re.split(r"\n(?=%|ENTRY)", text):
+        head = computation.partition("\n")[0]
+        if head.startswith("%async_collective_fusion") or "AsyncCollectiveDone" in computation:
+            continue
+        for result, kind, start in re.findall(rf"= (.*?) ({kinds})(-start)?\(", computation):
+            if head.startswith("%all-reduce-scatter"):
+                kind, result = "reduce-scatter", head.partition("->")[2]
+            shapes = re.findall(r"\w+\[[\d,]*\]", result)
+            if start and kind != "all-reduce":  # what goes in, what comes out, and counters
+                shapes = shapes[1:2]
+            found += [(kind, shape) for shape in shapes]
+    return found
 
 
-def compiled(job: Compiled) -> dict[str, Any]:
+def compiled(job: Compiled, devices: Sequence[Any] | None = None) -> dict[str, Any]:
     """Compiles an update and its application, with params and state donated."""
-    mesh = jax.make_mesh((job.data, job.tensor), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    shape, names = (job.data, job.tensor), ("data", "model")
+    mesh = jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * 2, devices=devices)
     optimizer = optimizer_of(job.format)
     found = run(optimizer, job.model, job.format.dtype, mesh, job.strategy)
 
@@ -246,6 +263,18 @@ def compiled_table(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def write(path: Path, results: dict[str, Any]) -> None:
+    """Writes results as JSON, each row of a list on one line."""
+    parts = []
+    for key, value in results.items():
+        text = json.dumps(value)
+        if isinstance(value, list):
+            lines = ",\n".join(f"  {json.dumps(row)}" for row in value)
+            text = f"[\n{lines}\n ]"
+        parts.append(f' "{key}": {text}')
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
 def main() -> None:
     """Prints the plan; compiles if asked."""
     parser = argparse.ArgumentParser(description="Plan the memory of Llama 3 on many devices.")
@@ -265,11 +294,10 @@ def main() -> None:
     results = {
         "command": "python benchmarks/scaling.py --compile",
         "versions": versions(),
+        "rows": rows,
     }
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    head = json.dumps(results, indent=1).removesuffix("\n}")
-    RESULTS.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n')
-    print("\n".join(compiled_table(results | {"rows": rows})))
+    write(RESULTS, results)
+    print("\n".join(compiled_table(results)))
 
 
 if __name__ == "__main__":
