@@ -13,6 +13,10 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("KERAS_HOME", str(Path(__file__).parent / "output" / "keras"))
 
+# A device that waits for others holds a thread of XLA's pool, which has one per core or device:
+# with eight devices on two cores, some would wait for a thread, and all for them.
+os.environ.setdefault("NPROC", "16")
+
 # Before any computation: eight devices, so that meshes can be tested without accelerators.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

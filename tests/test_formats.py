@@ -15,8 +15,9 @@ from modes import apply_updates, x64
 from oracle import Oracle, octaves
 
 import adamaxw
-from adamaxw import _cpu, _formats, _leaves, moments
+from adamaxw import _cpu, _formats, _leaves, _noise, moments
 from adamaxw._formats import TO_NEAREST, BFloat16, Logarithmic
+from adamaxw._rule import Constants, Decay
 
 _NAMES = (None, "bfloat16", "uint8")
 _LOG = Logarithmic()
@@ -74,6 +75,63 @@ def test_powers_are_close():
     got = np.asarray(jax.jit(_cpu._power, static_argnums=1)(jnp.asarray(n), 6), np.float64)
     np.testing.assert_allclose(got, 2.0 ** (n / 6), rtol=5e-5)
     assert got[n == 0] == 1
+
+
+# The step that is made for CPUs, beside the definition.
+
+
+def _steps(fmt):
+    """Both, compiled, as functions of the gradient, the codes, the two scales and the noise."""
+    constants = Constants(Decay.of(0.9), Decay.of(0.99), 1e-8)
+    of_cpu = functools.partial(_cpu.logarithmic_step, fmt)
+    by_definition = functools.partial(_formats.Format.step, fmt)
+    return [jax.jit(functools.partial(f, constants=constants)) for f in (by_definition, of_cpu)]
+
+
+def _assert_same_codes(expected, got, few, by=1):
+    """But for the few that lie where the two round differently, and what follows of those."""
+    for a, b, most in zip(expected, got, (by, 1), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        # Beside a first moment that is not finite, the norm says nothing.
+        off = np.abs(np.asarray(a, int) - np.asarray(b, int))[np.asarray(expected[0]) != -128]
+        assert np.max(off) <= most
+        assert np.mean(off) <= few
+    np.testing.assert_array_equal(expected[0] == -128, got[0] == -128)
+
+
+def test_the_step_for_cpus_is_the_definition_on_all_codes():
+    """All 256 x 256 pairs, with gradients of all sizes, signs and none, from several scales."""
+    mu, nu = np.meshgrid(np.arange(-128, 128, dtype=np.int8), np.arange(256, dtype=np.uint8))
+    rng = np.random.default_rng(3)
+    noise = jnp.asarray(rng.integers(0, 2**16, size=mu.shape, dtype=np.uint32))
+    sizes = 10.0 ** rng.uniform(-12, 8, size=mu.shape) * rng.choice([-1, 0, 1], size=mu.shape)
+    for special in (1.0, np.inf, -np.inf, np.nan):
+        g = sizes.astype(np.float32)
+        if special != 1.0:
+            g[::7] = special
+        for scale in (0.95e-8, 1e-8, 1.05e-8):
+            new_scale = _LOG.rescale(jnp.float32(0.99 * scale), jnp.float32(1e-8))
+            arguments = g, (mu, nu), (jnp.float32(scale), new_scale), noise
+            _assert_same_codes(*(step(*arguments) for step in _steps(_LOG)), few=5e-4)
+
+
+def test_the_step_for_cpus_is_the_definition_over_thousands_of_steps():
+    """Never synchronised: norms agree to the last, first moments but for few neighbours."""
+    gradients_ = jnp.asarray(gradients("heavy-tailed", 3000, (512,)), jnp.float32)
+
+    def train(step):
+        def body(carry, given):
+            codes, scale = carry
+            new_scale = _LOG.rescale(0.99 * scale, jnp.float32(1e-8))
+            noise, _ = _noise.draw(_noise.keys(jnp.uint32(0), given[1], 1)[0], (512,))
+            return (step(given[0], codes, (scale, new_scale), noise), new_scale), None
+
+        zeros = jnp.zeros(512, jnp.int8), jnp.zeros(512, jnp.uint8)
+        given = gradients_, jnp.arange(3000, dtype=jnp.int32)
+        return jax.lax.scan(body, (zeros, jnp.float32(1e-8)), given)[0][0]
+
+    expected, got = map(train, _steps(_LOG))
+    _assert_same_codes(expected, got, few=0.02, by=3)
 
 
 # The grid of uint8, code by code.

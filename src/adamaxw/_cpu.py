@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from adamaxw._rule import Constants, cast, clipped, next_first_moment, shrink
+from adamaxw._rule import Constants, cast, shrink
 
 # 2^(z - 1) for 1 <= z < 2, lowest power first: relative error below 5e-5 in sixths, and 1 comes out
 # where z - 1 is 96 units of 2^-23.
 _EXP2 = np.array([0.4630053, 0.45312125, 0.01027734, 0.07358816], np.float32)
-_ONE = np.int32(127 << 23)
 
 
 def logarithmic_step(
@@ -34,7 +33,7 @@ def logarithmic_step(
     """
     (mu, nu), (scale, new_scale) = stored, scales
     b1, b2, eps = cast(constants, jnp.float32)
-    g = (clipped(g) if g.dtype == jnp.float64 else g).astype(jnp.float32)
+    g = g.astype(jnp.float32)
     # The scale rises by whole steps against the decay, so all codes fall by their number; they
     # rise where eps is lowered.
     left = shrink(b2, scale)
@@ -45,23 +44,18 @@ def logarithmic_step(
     level = fmt._level(size * unit + eps * unit).astype(jnp.int32)
     risen = jnp.maximum(level, fallen)
 
-    # The first moment, in the unit of squared codes: of the fallen norm, then of the risen. The
-    # formula is linear; its two weights are scalars.
+    # The first moment, in the unit of squared codes: of the fallen norm, then of the risen.
     since = scale / (new_scale * jnp.exp2(-fall.astype(jnp.float32) / fmt.levels))
-    zero = jnp.zeros_like(since)
-    weight = next_first_moment(np.float32(127**2 / fmt.peak) / new_scale, zero, b1)
-    kept = next_first_moment(zero, since, b1)
+    weight = b1.rest * (np.float32(127**2 / fmt.peak) / new_scale)
     square = fmt._square(mu.astype(jnp.float32))
-    m = g * weight * _power(-fallen, fmt.levels) + square * kept
+    m = g * weight * _power(-fallen, fmt.levels) + square * shrink(b1, since)
     m = m * _power(fallen - risen, fmt.levels)
     # A negative scale means that the state is corrupt.
-    is_finite = size < jnp.where((left >= 0) & (since >= 0), jnp.inf, 0.0)
+    is_finite = (size < jnp.where((left >= 0) & (since >= 0), jnp.inf, 0.0)) & ~jnp.isnan(m)
     code = jnp.where(is_finite, fmt._compress(m, noise), -128.0)
     new_mu = jnp.where(mu == -128, mu, code.astype(jnp.int8))
-
     # `mu` first: it needs the old `nu`, whose buffer the new one can then reuse.
-    new_nu = jnp.where(new_mu == -128, np.asarray(255, nu.dtype), risen.astype(nu.dtype))
-    return new_mu, new_nu
+    return new_mu, jnp.where(new_mu == -128, np.asarray(255, nu.dtype), risen.astype(nu.dtype))
 
 
 def _power(n: jax.Array, levels: int) -> jax.Array:
@@ -70,7 +64,7 @@ def _power(n: jax.Array, levels: int) -> jax.Array:
     # too small, so that whole octaves may lack up to 85 units.
     log2 = n * np.int32(2**23 // levels) + np.int32(96)
     fraction = log2 & np.int32(2**23 - 1)
-    z = lax.bitcast_convert_type(fraction | _ONE, jnp.float32)
+    z = lax.bitcast_convert_type(fraction | np.int32(127 << 23), jnp.float32)
     power = reduce(lambda y, coefficient: y * z + coefficient, _EXP2[::-1])
     bits = lax.bitcast_convert_type(power, jnp.int32) + (log2 - fraction)
     return lax.bitcast_convert_type(bits, jnp.float32)

@@ -26,7 +26,7 @@ from jax.core import Tracer
 
 from adamaxw import _cpu
 from adamaxw._derivatives import straight_through, without_derivatives
-from adamaxw._rule import Constants, cast, clipped, next_moments
+from adamaxw._rule import Constants, cast, next_moments
 
 # Noise for `encode` that rounds to the nearest: half of the range of 16 bits.
 TO_NEAREST = np.uint32(2**15)
@@ -154,7 +154,7 @@ class BFloat16(Format):
     @partial(jax.jit, static_argnums=0)
     def encode(self, m: jax.Array, u: jax.Array, scale: Any, noise: Any) -> tuple[Any, Any]:
         # Half of the largest number: rounding, and the unit of a later scale, add to it.
-        m, u = (clipped(x).astype(jnp.float32) for x in (m, u))
+        m, u = (_clipped(x).astype(jnp.float32) for x in (m, u))
         w = (u * (1 / scale)).astype(jnp.bfloat16)
         # What makes `scale w` have the derivative of u, also with respect to the scale.
         exact = (u - lax.stop_gradient(w.astype(jnp.float32)) * scale) / lax.stop_gradient(scale)
@@ -201,10 +201,9 @@ class Logarithmic(Format):
     @partial(jax.jit, static_argnums=0)
     def encode(self, m: jax.Array, u: jax.Array, scale: Any, noise: Any) -> tuple[Any, Any]:
         if m.dtype == jnp.float64:
-            m, u = clipped(m), clipped(u)
+            m, u = _clipped(m), _clipped(u)
         m, u = m.astype(jnp.float32), u.astype(jnp.float32)
-        # One code follows from the other as it is stored: in any other order, XLA for TPU
-        # computes the two in kernels of their own.
+        # One code from the other, as it is stored: else XLA for TPU makes two kernels.
         nu = self._level(u * self._unit(scale)).astype(jnp.uint8)
         square = m * (np.float32(127**2 / self.peak) / scale) * self._power(nu, -1)
         mu = jnp.where(jnp.isfinite(m), self._compress(square, noise), -128.0)
@@ -226,19 +225,16 @@ class Logarithmic(Format):
         """See `Format`. What is not finite has the largest norm, too."""
         return {"saturated": (nu == 255) & (mu != -128)}
 
-    def step(
-        self,
-        g: jax.Array,
-        stored: tuple[jax.Array, jax.Array],
-        scales: tuple[Any, Any],
-        noise: Any,
-        constants: Constants,
-    ) -> tuple[jax.Array, jax.Array]:
-        arguments = g, stored, scales, noise, constants
-        codes = lax.platform_dependent(
-            *arguments, cpu=partial(_cpu.logarithmic_step, self), default=super().step
-        )
-        return without_derivatives(codes, (g, scales, constants))
+    def step(self, *arguments: Any) -> tuple[jax.Array, jax.Array]:
+        """See `Format`. A gradient above the range of norms counts as the largest in range."""
+        g, stored, scales, noise, constants = lax.stop_gradient(arguments)
+        g = g.astype(arithmetic(g.dtype))
+        size, largest = jnp.abs(g), scales[1] * np.float32(2 ** (255 / self.levels))
+        # Not by `clip`, which XLA for TPU lays out worse.
+        g = jnp.where(size < jnp.inf, jnp.sign(g) * jnp.minimum(size, largest.astype(g.dtype)), g)
+        cpu, inputs = partial(_cpu.logarithmic_step, self), (g, stored, scales, noise, constants)
+        codes = lax.platform_dependent(*inputs, cpu=cpu, default=super().step)
+        return without_derivatives(codes, arguments)
 
     def _unit(self, scale: Any) -> jax.Array:
         """What a norm is multiplied by for `_level`."""
@@ -321,3 +317,8 @@ def round_to_bfloat16(x: jax.Array, noise: Any) -> jax.Array:
     # The noise would carry some NaN over to zero, and the largest numbers to inf.
     is_less = jnp.abs(x) < np.float32(jnp.finfo(jnp.bfloat16).max)
     return straight_through(x, jnp.where(is_less, rounded, x.astype(jnp.bfloat16)))
+
+
+def _clipped(x: jax.Array) -> jax.Array:
+    """`x` to half of the range of float32; what is not finite stays so."""
+    return jnp.where(jnp.isfinite(x), lax.clamp(-(2.0**127), x, 2.0**127), x)

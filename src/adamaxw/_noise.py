@@ -55,27 +55,20 @@ def keys(seed: jax.Array, count: jax.Array, number: int) -> list[Keys]:
     """
     key = _mix(count.astype(jnp.uint32) + _mix(seed + np.uint32(0x9E3779B9)))
     other = _mix(key ^ np.uint32(0x85EBCA6B))
-    start = (count < 0).astype(jnp.uint32)  # 0
+    # Where equal kernels are compiled once, leaves must not differ by a constant. So each finds its
+    # index in an array of its own, at a place that XLA does not know: an array for all would make
+    # XLA for GPU merge leaves, and compile for minutes.
+    numbers = range(number)
     leaves = lax.platform_dependent(
-        start, tpu=partial(_indices, number), default=partial(_hidden_indices, number)
+        (count < 0).astype(jnp.uint32),  # 0
+        tpu=lambda _: [jnp.uint32(i) for i in numbers],
+        default=lambda at: [_element(np.array([i, number + i], np.uint32), at) for i in numbers],
     )
     return [(key ^ i * np.uint32(0x9E3779B9), other ^ i * np.uint32(0xC2B2AE35)) for i in leaves]
 
 
-def _indices(number: int, start: jax.Array) -> list[jax.Array]:
-    del start
-    return [jnp.uint32(i) for i in range(number)]
-
-
-def _hidden_indices(number: int, start: jax.Array) -> list[jax.Array]:
-    """Those of `_indices`, but not as constants, which would make the kernel of each leaf another.
-
-    On CPU and GPU, XLA compiles equal kernels once. An element of an array that is chosen at run
-    time stays outside of them; and each leaf has an array of its own, since XLA for GPU merges what
-    shares one, and compiles that for minutes.
-    """
-    pairs = [np.array([i, number + i], np.uint32) for i in range(number)]
-    return [lax.dynamic_slice(pair, (start,), (1,)).reshape(()) for pair in pairs]
+def _element(x: np.ndarray, index: jax.Array) -> jax.Array:
+    return lax.dynamic_slice(x, (index,), (1,)).reshape(())
 
 
 @partial(jax.jit, static_argnames=("shape", "axes"))
@@ -109,11 +102,8 @@ def _flat_index(shape: tuple[int, ...]) -> jax.Array:
 
 
 def _mix(x: jax.Array, key: jax.Array | int = 0) -> jax.Array:
-    """A bijective hash of uint32: `triple32` of Chris Wellons' hash-prospector (2018), shortened.
-
-    Without its first shift, which the tests of the noise do not miss; without a multiplication they
-    fail.
-    """
+    """A bijective hash of uint32: `triple32` (Chris Wellons, hash-prospector, 2018), less a shift."""
+    # Without another step of it, the tests of the noise fail.
     x = x * np.uint32(0xED5AD4BB)
     x = ((x ^ (x >> 11)) + key) * np.uint32(0xAC4C1B51)
     x = (x ^ (x >> 15)) * np.uint32(0x31848BAB)

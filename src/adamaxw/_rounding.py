@@ -94,14 +94,15 @@ class Exact(Rounding):
     ) -> tuple[jax.Array, Any]:
         del residual, noise, dtype
         p = p.astype(jnp.float32)
-        bits = _bits((value + step).astype(jnp.float32))
-        residual = bits.astype(jnp.int16)
-        new = _upper(bits, residual)
+        master = bits_of((value + step).astype(jnp.float32))
+        # One part from the other: else XLA for TPU makes two kernels.
+        residual = master.astype(jnp.int16)
+        new = upper(master, residual)
         # Where p' is smaller than p by 2^16, p' - p may have no float32: then p lands elsewhere,
         # and the residual, of another number, would be wrong beside it.
         landed = lax.reduce_precision(p + (new - p), exponent_bits=8, mantissa_bits=7)
         residual = jnp.where(landed == new, residual, 0)
-        return straight_through(step, _upper(bits, residual) - p), residual
+        return straight_through(step, upper(master, residual) - p), residual
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,28 +163,14 @@ def named(param_rounding: Any) -> ParamRounding:
     return _NAMED[param_rounding]
 
 
-def split(master: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Splits float32 into bfloat16 and int16, without loss.
-
-    Returns:
-        `(p, residual)`: p is the nearest bfloat16, of two the one further from zero; the bits of
-        master are those of p, with 16 zeros behind, plus residual. Of NaN, only that is kept.
-    """
-    bits = _bits(master)
-    residual = bits.astype(jnp.int16)
-    return _upper(bits, residual).astype(jnp.bfloat16), residual
+def bits_of(master: jax.Array) -> jax.Array:
+    """Those of a float32, as int32; one NaN stands for all. The low half is the residual."""
+    master = _once(jnp.where(jnp.isnan(master), jnp.nan, master))
+    return lax.bitcast_convert_type(master, jnp.int32)
 
 
-def _bits(x: jax.Array) -> jax.Array:
-    """Those of a float32, as int32; one NaN stands for all."""
-    return lax.bitcast_convert_type(_once(jnp.where(jnp.isnan(x), jnp.nan, x)), jnp.int32)
-
-
-def _upper(bits: jax.Array, residual: jax.Array) -> jax.Array:
-    """The float32 that is left of bits without a residual.
-
-    One part follows from the other: else XLA for TPU computes the two in kernels of their own.
-    """
+def upper(bits: jax.Array, residual: jax.Array) -> jax.Array:
+    """The rest of the bits, as float32: the nearest bfloat16, of two the one further from zero."""
     return lax.bitcast_convert_type(bits - residual.astype(jnp.int32), jnp.float32)
 
 
@@ -197,7 +184,7 @@ def _once(x: jax.Array) -> jax.Array:
 
 
 def join(p: jax.Array, residual: jax.Array) -> jax.Array:
-    """The float32 that `split` has taken apart.
+    """The float32 that `Exact.write` has taken apart.
 
     A parameter that was changed since keeps its new value, to within half a step of bfloat16.
     """

@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 # A Python float keeps its double precision until it meets an array; arrays may be traced.
 Scalar = float | jax.Array
@@ -64,13 +63,8 @@ def next_moments(
         The two new moments, in their dtypes.
     """
     b1, b2, eps = constants
-    return next_first_moment(g, m, b1), jnp.maximum(shrink(b2, u), jnp.abs(g) + eps)
-
-
-def next_first_moment(g: jax.Array, m: jax.Array, b1: Decay) -> jax.Array:
-    """The first line alone. It holds in any unit that `g` and `m` have in common."""
     # The gradient first, as in Optax: a compiler that fuses the sum then rounds the same product.
-    return b1.rest * g + shrink(b1, m)
+    return b1.rest * g + shrink(b1, m), jnp.maximum(shrink(b2, u), jnp.abs(g) + eps)
 
 
 def next_step(ratio: jax.Array, p: jax.Array | None, *, rate: Scalar, decay: Scalar) -> jax.Array:
@@ -106,8 +100,3 @@ def shrink(b: Decay, x: jax.Array) -> jax.Array:
 def cast(scalars: Any, dtype: Any) -> Any:
     """A tree of scalars with its arrays in a dtype; Python floats as they are."""
     return jax.tree.map(lambda x: x.astype(dtype) if isinstance(x, jax.Array) else x, scalars)
-
-
-def clipped(x: jax.Array) -> jax.Array:
-    """`x` within half of the range of float32; what is not finite stays so."""
-    return jnp.where(jnp.isfinite(x), lax.clamp(-(2.0**127), x, 2.0**127), x)
