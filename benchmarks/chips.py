@@ -10,7 +10,7 @@ from typing import Any
 
 # For libtpu, which must not ask the metadata server of a cloud for the machine that it is on, nor
 # be alone in using a chip that is not there. Read when it is loaded.
-_SETTINGS = {
+LIBTPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -91,7 +91,7 @@ def prepare(dump: Path | None = None) -> None:
     Args:
         dump: where libtpu shall write the scheduled code of each kernel; nowhere by default.
     """
-    os.environ.update(_SETTINGS, JAX_PLATFORMS="cpu", JAX_ENABLE_COMPILATION_CACHE="false")
+    os.environ.update(LIBTPU, JAX_PLATFORMS="cpu", JAX_ENABLE_COMPILATION_CACHE="false")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if dump is not None:
         flags = {"to": dump, "llo_text": "true", "llo_pass_label_regex": "final_bundles"}

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import chips
 import jax
 import jax.numpy as jnp
 import optax
@@ -95,12 +96,7 @@ UPDATES = ((V5E, ("FSDP",)), (V5P, scaling.STRATEGIES))
 
 def devices_of(pod: Pod) -> Any:
     """Devices that can be compiled for."""
-    os.environ |= {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
+    os.environ |= chips.LIBTPU
     return topologies.get_topology_desc(topology_name=pod.topology, platform="tpu").devices
 
 

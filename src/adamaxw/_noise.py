@@ -102,7 +102,7 @@ def _flat_index(shape: tuple[int, ...]) -> jax.Array:
 
 
 def _mix(x: jax.Array, key: jax.Array | int = 0) -> jax.Array:
-    """A bijective hash of uint32: `triple32` (Chris Wellons, hash-prospector, 2018), less a shift."""
+    """A bijective hash of uint32: `triple32` of hash-prospector (Wellons, 2018), less a shift."""
     # Without another step of it, the tests of the noise fail.
     x = x * np.uint32(0xED5AD4BB)
     x = ((x ^ (x >> 11)) + key) * np.uint32(0xAC4C1B51)
