@@ -230,8 +230,8 @@ class Logarithmic(Format):
         g, stored, scales, noise, constants = lax.stop_gradient(arguments)
         g = g.astype(arithmetic(g.dtype))
         size, largest = jnp.abs(g), scales[1] * np.float32(2 ** (255 / self.levels))
-        # Not by `clip`, which XLA for TPU lays out worse.
-        g = jnp.where(size < jnp.inf, jnp.sign(g) * jnp.minimum(size, largest.astype(g.dtype)), g)
+        bounded = jnp.minimum(size, largest.astype(g.dtype))  # XLA for TPU lays out `clip` worse
+        g = jnp.where(size < jnp.inf, jnp.where(g < 0, -bounded, bounded), g)
         cpu, inputs = partial(_cpu.logarithmic_step, self), (g, stored, scales, noise, constants)
         codes = lax.platform_dependent(*inputs, cpu=cpu, default=super().step)
         return without_derivatives(codes, arguments)
