@@ -34,7 +34,16 @@ PACKED = ("uint8", "bfloat16")
 
 
 @dataclass(frozen=True)
-class Power(_formats.Logarithmic):
+class Defined(_formats.Logarithmic):
+    """By decode, rule and encode on the CPU, too, whose own step is that of what ships."""
+
+    def step(self, *arguments: Any) -> tuple[jax.Array, jax.Array]:
+        """See `Format`."""
+        return _formats.Format.step(self, *arguments)
+
+
+@dataclass(frozen=True)
+class Power(Defined):
     """The format that ships with another spacing: ratios at (q / 127)^power."""
 
     power: float = 2.0
@@ -52,16 +61,7 @@ class Power(_formats.Logarithmic):
 
 
 @dataclass(frozen=True)
-class Defined(_formats.Logarithmic):
-    """By decode, rule and encode on the CPU, too, whose own arrangement is made for 6 levels."""
-
-    def step(self, *arguments: Any) -> tuple[jax.Array, jax.Array]:
-        """See `Format`."""
-        return _formats.Format.step(self, *arguments)
-
-
-@dataclass(frozen=True)
-class ToNearest(_formats.Logarithmic):
+class ToNearest(Defined):
     """The format that ships, without chance."""
 
     def _compress(self, square: jax.Array, noise: Any) -> jax.Array:
