@@ -132,12 +132,21 @@ class Shortfall(NamedTuple):
 
 
 _PRIORITY = (
-    "most of it is XLA's priority fusion, whose time grows with the operations of a leaf: some 60 "
-    "with bfloat16 moments and 75 with uint8, where Optax has 13"
+    "nearly half of it is XLA's priority fusion, whose time grows with the operations of a leaf: "
+    "some 60 with bfloat16 moments and 75 with uint8, where Optax has 13"
 )
 SHORTFALLS: tuple[Shortfall, ...] = (
     Shortfall("seconds / Optax", "float32, bfloat16", "H100", "gpt2-small", 5, _PRIORITY),
     Shortfall("seconds / Optax", "float32, uint8", "H100", "gpt2-small", 8, _PRIORITY),
+    Shortfall(
+        "seconds",
+        "float32, bfloat16",
+        "H100",
+        "nvae-cifar10",
+        165,
+        "124 to 144 s in three runs; not profiled. It grows with the operations of a leaf: Optax "
+        "and float32 moments take 27 s",
+    ),
     Shortfall(
         "seconds / Optax",
         "float32, uint8",
@@ -157,11 +166,11 @@ SHORTFALLS: tuple[Shortfall, ...] = (
     ),
     Shortfall(
         "cycles / Optax",
-        "float32, uint8",
+        "*uint8*",
         "v6e",
         "gpt2-small",
-        0.7,
-        "arithmetic is priced above the bytes there; the leaf holds the target",
+        0.73,
+        "arithmetic is priced above the bytes there; one leaf holds the target",
     ),
 )
 
