@@ -41,7 +41,7 @@ def loops(
     def step(g: Any, mu: Any, nu: Any, p: Any, scale: Any, count: Any, what: str) -> Any:
         drawn = noise
         if what == "all":
-            drawn, _ = _noise.draw(_noise.keys(jnp.uint32(0), count, 4)[3], shape)
+            drawn, _ = _noise.draw(_noise.keys(jnp.uint32(0), count), _noise.indices(4)[3], shape)
         new_scale = None if scale is None else fmt.rescale(0.999 * scale, jnp.float32(1e-8))
         mu, nu = fmt.step(g, (mu, nu), (scale, new_scale), drawn, constants)
         ratio = fmt.ratio(mu, nu, new_scale, jnp.float32)

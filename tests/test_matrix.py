@@ -147,9 +147,10 @@ def test_trains_as_a_list_of_the_same_arrays(row, moment_dtype, param_rounding):
         again, last = _train(wrapped, tree, fresh)
         assert _types(last) == _types(state)
         for x, y in zip(jax.tree.leaves(again), jax.tree.leaves(got), strict=True):
-            # With other noise, each of four steps may round to the other neighbour.
+            # With other noise, each step may round a parameter to the other neighbour.
+            rtol = 2.0**-7 if param_rounding == "stochastic" else 1e-7
             np.testing.assert_allclose(
-                np.asarray(x, np.float32), np.asarray(y, np.float32), atol=0.03, rtol=2.0**-7
+                np.asarray(x, np.float32), np.asarray(y, np.float32), atol=0.03, rtol=rtol
             )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-Keys = tuple[jax.Array, jax.Array]
+Keys = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def seed_of(params: Any) -> jax.Array:
@@ -45,49 +45,42 @@ def next_seed(seed: jax.Array, count: jax.Array) -> jax.Array:
     return _mix(seed + _mix(count.astype(jnp.uint32) + np.uint32(1)))
 
 
-def keys(seed: jax.Array, count: jax.Array, number: int) -> list[Keys]:
-    """What the noise of each leaf starts from at one step.
-
-    Args:
-        seed: uint32 scalar, that of the run.
-        count: int32 scalar, the number of updates done.
-        number: how many leaves of the tree train.
-    """
+@jax.jit
+def keys(seed: jax.Array, count: jax.Array) -> Keys:
+    """Of a run's seed and a count, uint32 and int32: two hashes, and a 0 that XLA does not know."""
     key = _mix(count.astype(jnp.uint32) + _mix(seed + np.uint32(0x9E3779B9)))
-    other = _mix(key ^ np.uint32(0x85EBCA6B))
-    # Where equal kernels are compiled once, leaves must not differ by a constant. So each finds its
-    # index in an array of its own, at a place that XLA does not know: an array for all would make
-    # XLA for GPU merge leaves, and compile for minutes.
-    numbers = range(number)
-    leaves = lax.platform_dependent(
-        (count < 0).astype(jnp.uint32),  # 0
-        tpu=lambda _: [jnp.uint32(i) for i in numbers],
-        default=lambda at: [_element(np.array([i, number + i], np.uint32), at) for i in numbers],
-    )
-    return [(key ^ i * np.uint32(0x9E3779B9), other ^ i * np.uint32(0xC2B2AE35)) for i in leaves]
+    return key, _mix(key ^ np.uint32(0x85EBCA6B)), (count < 0).astype(jnp.uint32)
 
 
-def _element(x: np.ndarray, index: jax.Array) -> jax.Array:
-    return lax.dynamic_slice(x, (index,), (1,)).reshape(())
+def indices(number: int) -> list[np.ndarray]:
+    """That of each leaf among those that train, in an array of its own: see `draw`."""
+    return [np.array([i, number + i], np.uint32) for i in range(number)]
 
 
 @partial(jax.jit, static_argnames=("shape", "axes"))
 def draw(
-    keys: Keys, shape: tuple[int, ...], axes: tuple[str, ...] = ()
+    keys: Keys, index: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...] = ()
 ) -> tuple[jax.Array, jax.Array]:
-    """Noise for one leaf at one step: a hash of its keys and the element's index in the leaf.
+    """Noise for one leaf at one step: a hash of keys, the leaf's index and that of the element.
 
     It depends on nothing else: not on the mesh.
 
     Args:
-        keys: those of the leaf.
+        keys: those of the step.
+        index: of the leaf, the first of two.
         shape: of the whole leaf.
         axes: inside `jax.shard_map`, those along which each shard draws noise of its own.
 
     Returns:
         Two uint32 arrays of that shape, independent and uniform in [0, 2^16).
     """
-    key, other = keys
+    key, other, zero = keys
+    # Where equal kernels are compiled once, leaves must not differ by a constant: so the place in
+    # the array is not one. With an array for all, XLA for GPU would merge leaves, in minutes.
+    # The first is the smaller, which XLA for TPU folds into a constant.
+    pick = partial(lax.dynamic_index_in_dim, keepdims=False)
+    leaf = lax.platform_dependent(index, zero, tpu=lambda index, _: jnp.min(index), default=pick)
+    key, other = key ^ leaf * np.uint32(0x9E3779B9), other ^ leaf * np.uint32(0xC2B2AE35)
     for axis in axes:
         key, other = (_mix(x ^ lax.axis_index(axis).astype(x.dtype)) for x in (key, other))
     # The second key comes between the rounds: else the noise of any two leaves or steps would be

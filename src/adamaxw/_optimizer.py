@@ -301,6 +301,7 @@ class _Step:
     """What the leaves share at one step.
 
     Attributes:
+        keys: those of the noise; None if there is none.
         scales: those of the moments as they are stored, and as they will be.
         rate: `lr / (1 - b1^t)`.
         decay: the decay factor, by which parameters shrink.
@@ -308,6 +309,7 @@ class _Step:
         fmt: how moments are stored.
     """
 
+    keys: _noise.Keys | None
     scales: tuple[jax.Array | None, jax.Array | None]
     rate: jax.Array
     decay: Scalar
@@ -347,12 +349,13 @@ def _update(
         new_scale = fmt.rescale(shrunk, jnp.asarray(eps, jnp.float32))
 
     trained = [leaf for leaf in leaves if leaf.rounding is not None]
-    keys = repeat(None)
+    indices, keys = repeat(None), None
     if any(fmt.is_noisy or leaf.rounding.is_noisy for leaf in trained):
-        keys = iter(_noise.keys(jnp.uint32(0) if seed is None else seed, before, len(trained)))
-    step = _Step((scale, new_scale), rate, decay, constants, fmt)
+        indices = iter(_noise.indices(len(trained)))
+        keys = _noise.keys(jnp.uint32(0) if seed is None else seed, before)
+    step = _Step(keys, (scale, new_scale), rate, decay, constants, fmt)
     rows = [
-        _unchanged(leaf) if leaf.rounding is None else _step_leaf(leaf, step, next(keys))
+        _unchanged(leaf) if leaf.rounding is None else _step_leaf(leaf, step, next(indices))
         for leaf in leaves
     ]
     number = 3 if state.residual is None else 4
@@ -366,7 +369,7 @@ _update_in_one_call = jax.jit(_update, static_argnames=("fmt", "rounding", "deca
 
 @jax.jit  # Traced once for all leaves of a shape.
 def _step_leaf(
-    leaf: _leaves.Leaf, step: _Step, keys: tuple[jax.Array, jax.Array] | None
+    leaf: _leaves.Leaf, step: _Step, index: jax.Array | None
 ) -> tuple[Any, Any, Any, Any]:
     """Applies the rule to one leaf; returns `(update, mu, nu, residual)`."""
     fmt, rounding = step.fmt, leaf.rounding
@@ -376,7 +379,7 @@ def _step_leaf(
     noise = other_noise = None
     if fmt.is_noisy or rounding.is_noisy:
         axes = _places.varying_axes(g)
-        noise, other_noise = _noise.draw(keys, g.shape, axes)
+        noise, other_noise = _noise.draw(step.keys, index, g.shape, axes)
 
     dtype = _formats.arithmetic(g.dtype)
     mu, nu = fmt.step(g, (leaf.mu, leaf.nu), step.scales, noise, step.constants)
