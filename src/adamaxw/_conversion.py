@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten_with_path, tree_leaves_with_path
 
 from adamaxw import _formats, _leaves
-from adamaxw._optimizer import AdamaxState
+from adamaxw._state import AdamaxState
 
 # From `state`, `like` and the name of `like` to `state` in the format of `like`; that of
 # `moment_dtype=None` where `like` is None.

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from adamaxw import _hyperparameters, _leaves, _paths
-from adamaxw._optimizer import AdamaxState
+from adamaxw._state import AdamaxState
 
 # Formats round eps by half a level of uint8 at most.
 _AT_FLOOR = 2 ** (1 / 12) * (1 + 1e-4)

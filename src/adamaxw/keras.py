@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import keras
 
-from adamaxw._optimizer import AdamaxState, adamaxw
+from adamaxw._optimizer import adamaxw
+from adamaxw._state import AdamaxState
 
 # Attributes and arguments of the constructor.
 _FORMATS = ("moment_dtype", "param_rounding", "scale_decay_by_lr")

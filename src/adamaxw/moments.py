@@ -13,7 +13,7 @@ from jax.tree_util import keystr, tree_flatten_with_path, tree_leaves_with_path
 
 from adamaxw import _conversion, _formats, _leaves, _noise, _paths, _places, _rounding, _torch
 from adamaxw._hyperparameters import checked
-from adamaxw._optimizer import AdamaxState
+from adamaxw._state import AdamaxState
 
 
 class Moments(NamedTuple):

@@ -26,7 +26,7 @@ from jax.sharding import (
 )
 
 from adamaxw import _leaves, _paths, _places
-from adamaxw._optimizer import AdamaxState
+from adamaxw._state import AdamaxState
 from adamaxw._table import Table
 
 
