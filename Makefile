@@ -4,7 +4,7 @@ VENV ?= .venv
 TESTS ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test check lowest docs bench accelerators accelerators-check clean
+.PHONY: demo test test-all check lowest docs bench accelerators accelerators-check clean
 
 # The optimizer at work on real input: about two minutes on two cores; pictures in output/.
 demo: $(VENV)/.installed
@@ -13,6 +13,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto $(TESTS)
+
+test-all: $(VENV)/.installed
+	$(BIN)/python -m pytest -n auto -m '' $(TESTS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
