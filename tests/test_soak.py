@@ -19,7 +19,7 @@ _OURS = [name for name in _CONTENDERS if "optax" not in name]
 _BOUNDS = {name: contender.bound for name, contender in _CONTENDERS.items()}
 # Of the first moment, rms in units of the norm: twice what a million steps give.
 _MOMENT_RMS = {"uint8": 0.016, "bfloat16": 0.003, "None": 1e-7}
-_PAGE = Path(__file__).parents[1] / "docs" / "numerics.md"
+_PAGE = Path(__file__).parents[1] / "docs" / "soak.md"
 
 
 @functools.cache
