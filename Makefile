@@ -4,18 +4,24 @@ VENV ?= .venv
 TESTS ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all check lowest docs bench accelerators accelerators-check clean
+.PHONY: demo test test-all check figures lowest docs bench accelerators accelerators-check clean
 
 # The optimizer at work on real input: about two minutes on two cores; pictures in output/.
 demo: $(VENV)/.installed
 	$(BIN)/python examples/language_model.py
 	$(BIN)/python examples/vae.py
 
+# Complete runs leave a report, from which `make figures` takes their seconds.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto $(TESTS)
+	$(BIN)/python -m pytest -n auto $(or $(TESTS),--junit-xml=output/junit-fast.xml)
 
+# Also what is marked slow: kills, sweeps, several processes, statistics of the noise.
 test-all: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto -m '' $(TESTS)
+	$(BIN)/python -m pytest -n auto -m '' $(or $(TESTS),--junit-xml=output/junit-all.xml)
+
+# Lines, refusals, floors of imports and seconds of the tests, each beside its limit.
+figures: $(VENV)/.installed
+	$(BIN)/python benchmarks/figures.py
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
