@@ -52,6 +52,7 @@ bench: $(VENV)/.bench
 accelerators: .venv-accelerators/.installed
 	.venv-accelerators/bin/python benchmarks/cycles.py
 	.venv-accelerators/bin/python benchmarks/accelerators.py
+	.venv-accelerators/bin/python benchmarks/accelerators_page.py
 
 # One leaf of every format and rounding, against the targets of benchmarks/targets.py.
 accelerators-check: .venv-accelerators/.installed

@@ -24,12 +24,22 @@ from typing import Any, NamedTuple
 
 import chips
 import compiled_code
+import results
 import targets
 import trees
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "accelerators.json"
-LIMIT = 600  # seconds of a job
+LIMIT = 600  # seconds per job
+COMPILERS = (
+    "jax",
+    "jaxlib",
+    "libtpu",
+    "jax-cuda12-pjrt",
+    "jax-cuda13-pjrt",
+    "nvidia-cuda-nvdisasm",
+    "optax",
+)
 LEAF = targets.LEAF
 ROWS = targets.ROWS
 
@@ -169,25 +179,8 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of what compiles."""
-    import importlib.metadata
-    import platform
-
-    found = {"python": platform.python_version()}
-    names = ("jax", "jaxlib", "libtpu", "jax-cuda12-pjrt", "jax-cuda13-pjrt")
-    for name in (*names, "nvidia-cuda-nvdisasm", "optax"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def save(path: Path, found: dict[str, Any]) -> None:
-    """Writes the results, a row on a line."""
-    rows = ",\n".join(f"  {json.dumps(row)}" for row in found["rows"])
-    head = json.dumps({key: found[key] for key in found if key != "rows"}, indent=1)
-    path.write_text(f'{head.removesuffix("}").rstrip()},\n "rows": [\n{rows}\n ]\n}}\n')
+    """Versions of the compilers."""
+    return {name: version for name, version in results.versions(COMPILERS).items() if version}
 
 
 def measure(jobs: Iterable[Job], path: Path) -> Iterator[dict[str, Any]]:
@@ -203,7 +196,7 @@ def measure(jobs: Iterable[Job], path: Path) -> Iterator[dict[str, Any]]:
             row = job._asdict() | run(job)
             found["rows"].append(row)
             found["rows"].sort(key=lambda row: order[Job(row["tree"], row["row"], row["chip"])])
-            save(path, found)
+            results.write(path, found)
             yield row
 
 
@@ -235,10 +228,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"{len(refusals)} targets missed" if refusals else 0)
     for row in measure(plan(args.only, args.kinds, args.trees), args.json):
         print(json.dumps(row), flush=True)
-    if args.json == RESULTS:
-        import accelerators_page
-
-        accelerators_page.main()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import compiled_code
 import cycles
 import targets
 import trees
-from report import table
+from markdown_table import table
 
 PAGE = accelerators.HERE.parent / "docs" / "accelerators.md"
 Row = dict[str, Any]
@@ -133,7 +133,7 @@ def _chip(chip: str, rows: list[Row]) -> list[str]:
     while more and not any(row[-1] for row in found):
         found, more = [row[:-1] for row in found], more[:-1]
     columns = ["parameters, moments, rounding", "kernels", "bytes (least)", "temporaries", *more]
-    return [f"**{chip}**", "", *table(columns, found), ""] if found else []
+    return [f"**{chip}**", "", *table(columns, found, figures=True), ""] if found else []
 
 
 def _seconds(rows: list[Row]) -> list[str]:
@@ -152,7 +152,7 @@ def _seconds(rows: list[Row]) -> list[str]:
     return [
         "Processor seconds to trace and compile (relative):",
         "",
-        *table(["parameters, moments, rounding", *have], cells),
+        *table(["parameters, moments, rounding", *have], cells, figures=True),
         "",
     ]
 
@@ -164,12 +164,6 @@ def _tree(tree: str, rows: list[Row]) -> list[str]:
         lines += _chip(chip, [row for row in rows if row["chip"] == chip])
     # One leaf compiles too fast to compare.
     return lines if tree == targets.LEAF else lines + _seconds(rows)
-
-
-def _words(columns: list[str], rows: list[list[str]]) -> list[str]:
-    """A table of text."""
-    head, _, *body = table(columns, rows)
-    return [head, "|---" * len(columns) + "|", *body]
 
 
 def _where(found: Iterable[targets.Finding]) -> str:
@@ -194,10 +188,10 @@ def _targets(rows: list[Row]) -> list[str]:
             for cause in dict.fromkeys(_cause(found) for found in missed if found.row == name):
                 same = [x for x in missed if x.row == name and _cause(x) == cause]
                 misses.append([name, target.words, f"{target.bound:g}", _where(same), cause])
-    lines = ["## Targets", "", *_words(["figure", "rows", "at most", "worst", "met"], summary), ""]
+    lines = ["## Targets", "", *table(["figure", "rows", "at most", "worst", "met"], summary), ""]
     if misses:
         columns = ["parameters, moments, rounding", "figure", "at most", "is", "cause"]
-        lines += ["Where they are missed:", "", *_words(columns, misses), ""]
+        lines += ["Where they are missed:", "", *table(columns, misses), ""]
     return lines
 
 
@@ -246,7 +240,7 @@ def _experiment(found: dict[str, Any]) -> list[str]:
         of = [rows[chip, kernel, repeats] for chip in chips.TPUS]
         size = f"{of[0]['bytes']}"
         cells.append([f"{kernel}, {repeats}x", size, *map(_pair, of)])
-    return [*lines, *table(["kernel", "bytes", *chips.TPUS], cells), ""]
+    return [*lines, *table(["kernel", "bytes", *chips.TPUS], cells, figures=True), ""]
 
 
 def _range(values: list[float]) -> str:

@@ -8,15 +8,16 @@ environment). Beside the estimate stand the bundles that the scheduled code issu
 """
 
 import argparse
-import json
 import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import accelerators
 import chips
 import compiled_code
+import results
 
 RESULTS = Path(__file__).parent / "results" / "cycles.json"
 SHAPE = (4096, 8192)
@@ -133,26 +134,11 @@ def measure() -> dict[str, Any]:
     return found
 
 
-def save(found: dict[str, Any]) -> None:
-    """Writes the results, a row on a line."""
-    parts = []
-    for section, rows in found.items():
-        lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-        parts.append(
-            f' "{section}": [\n{lines}\n ]'
-            if isinstance(rows, list)
-            else f' "{section}": {json.dumps(rows)}'
-        )
-    RESULTS.write_text("{\n" + ",\n".join(parts) + "\n}\n")
-
-
 def main() -> None:
     """Compiles, prints and writes."""
     argparse.ArgumentParser(description="What does the TPU compiler's estimate count?").parse_args()
     found = measure()
-    import accelerators
-
-    save({"versions": accelerators.versions(), **found})
+    results.write(RESULTS, {"versions": accelerators.versions(), **found})
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import results
 from jax import random
+from markdown_table import table
 from small_tasks import TASKS, Task, descend
 from versions import versions
 
@@ -130,18 +132,8 @@ def measure(scale: int = 1) -> dict[str, Any]:
 
 
 def save(found: dict[str, Any]) -> None:
-    """Writes the file of results, a row on a line."""
-    head = {key: value for key, value in found.items() if not isinstance(value, list)}
-    parts = [json.dumps(head, indent=1).removesuffix("\n}")]
-    for key in [key for key in found if key not in head]:
-        lines = ",\n".join(f"  {json.dumps(row)}" for row in found[key])
-        parts.append(f' "{key}": [\n{lines}\n ]')
-    RESULTS.write_text(",\n".join(parts) + "\n}\n")
-
-
-def _table(head: Sequence[str], rows: list[list[str]]) -> str:
-    first, *others = (f"| {' | '.join(row)} |" for row in (head, *rows))
-    return "\n".join([first, "|---" * len(head) + "|", *others])
+    """Writes the file of results."""
+    results.write(RESULTS, found)
 
 
 def _factor(logarithm: float) -> str:
@@ -173,14 +165,17 @@ def tables(found: dict[str, Any]) -> str:
         ["noise", "learning rate", *FORMATS],
         list(found["b2"][0]),
     )
-    return "\n\n".join(map(_table, heads, (tasks, quadratic, parts)))
+    return "\n\n".join(
+        "\n".join(table(head, rows))
+        for head, rows in zip(heads, (tasks, quadratic, parts), strict=True)
+    )
 
 
 def with_tables(page: str, found: dict[str, Any]) -> str:
     """The text of the page with these tables in the place of those with the same heads."""
-    for table in tables(found).split("\n\n"):
-        head = re.escape(table.partition("\n")[0])
-        page, number = re.subn(f"{head}(\n\\|.*)+", lambda _, table=table: table, page)
+    for new in tables(found).split("\n\n"):
+        head = re.escape(new.partition("\n")[0])
+        page, number = re.subn(f"{head}(\n\\|.*)+", lambda _, new=new: new, page)
         if number != 1:
             raise ValueError(f"{number} tables with the head {head} in {PAGE.name}")
     return page

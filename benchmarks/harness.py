@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import psutil
-from contenders import Contender, Runner
+from contenders import Contender
 from results import quartiles
+from runners import Runner
 
 # Seconds of a sample, at least: a shorter one would be the clock's and the scheduler's, and on an
 # accelerator that of starting the step, which goes on behind a queue in training.

@@ -6,8 +6,8 @@ import os
 from typing import Any
 
 import jax
-from contenders import B1, B2, EPS, LEARNING_RATE, WEIGHT_DECAY
 from jax_contenders import JaxRunner, on_device, timed_stages
+from runners import B1, B2, EPS, LEARNING_RATE, WEIGHT_DECAY
 from trees import Data, Shapes
 
 # Keras reads it when it is imported, which the contender does by name: it may be absent.

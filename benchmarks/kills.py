@@ -12,7 +12,6 @@ Run it with
 
 import argparse
 import importlib.metadata
-import json
 import os
 import random
 import re
@@ -225,14 +224,6 @@ def summary(totals: dict[str, int]) -> str:
     )
 
 
-def write(path: Path, found: dict[str, Any]) -> None:
-    """Writes results, each run on a line."""
-    path.parent.mkdir(exist_ok=True)
-    rows = ",\n".join(f"  {json.dumps(run)}" for run in found["runs"])
-    head = json.dumps({**found, "runs": []}, indent=1).removesuffix("[]\n}")
-    path.write_text(f"{head}[\n{rows}\n ]\n}}\n")
-
-
 def main() -> None:
     """Kills, prints what was lost, and writes the results."""
     parser = argparse.ArgumentParser(description="Kill the training of examples/resume.py.")
@@ -271,7 +262,7 @@ def main() -> None:
         "totals": totals,
         "runs": runs,
     }
-    write(args.results, found)
+    results.write(args.results, found)
     print(summary(totals))
     sys.exit(totals["losses"] > 0)
 

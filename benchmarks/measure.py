@@ -14,7 +14,8 @@ from typing import Any
 import harness
 import jax
 import psutil
-from contenders import CONTENDERS, REFERENCE, Contender, Runner
+from contenders import CONTENDERS, REFERENCE, Contender
+from runners import Runner
 from trees import Data, Shapes, count, shapes
 
 Row = dict[str, Any]

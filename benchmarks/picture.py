@@ -18,6 +18,7 @@ import jax
 import matplotlib
 import numpy as np
 import optax
+import results
 from convergence import REFERENCE, RESULTS
 from matplotlib.figure import Figure
 from versions import versions
@@ -120,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the picture of the README.")
     parser.add_argument("--train", action="store_true", help="repeat the fine-tuning")
     if parser.parse_args().train:
-        FINE_TUNED.write_text(json.dumps(fine_tune(), indent=1) + "\n")
+        results.write(FINE_TUNED, fine_tune())
     draw(PICTURE, json.loads(RESULTS.read_text()), json.loads(FINE_TUNED.read_text()))
 
 

@@ -19,6 +19,7 @@ import chips
 import jax
 import jax.numpy as jnp
 import optax
+import results
 import scaling
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -219,29 +220,27 @@ def without_optimizer(pod: Pod, devices: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def table_without_optimizer(results: dict[str, Any]) -> list[str]:
+def table_without_optimizer(found: dict[str, Any]) -> list[str]:
     """The sums and gathers as a table in Markdown."""
     lines = ["| topology | `jax.lax` | compiled |", "|---|---|---|"]
-    for row in results["without_optimizer"]:
+    for row in found["without_optimizer"]:
         words = _words(row["collectives"])
         lines.append(f"| {row['topology']} | {row['operation']} | {words} |")
     return lines
 
 
-def table(results: dict[str, Any]) -> list[str]:
+def table(found: dict[str, Any]) -> list[str]:
     """The compiled steps as a table in Markdown."""
     lines = [
         "| topology, devices | strategy | parameters, moments, rounding | loss and gradients | "
         "update | planned | compiled | temporaries |",
         "|---|---|---|---|---|--:|--:|--:|",
     ]
-    for row in results["steps"]:
-        dtype, moments, rounding = row["format"]
-        words = f"{dtype}, {moments or 'float32'}" + (f", {rounding}" if dtype != "float32" else "")
+    for row in found["steps"]:
         gb = (f"{row[key] / 1e9:.4f}" for key in ("planned", "arguments", "temporaries"))
         which = f"{row['topology']}, {row['devices']:,} | {row['strategy']}, {row['way']}"
-        found = f"{_words(row['gradients'])} | {_words(row['update'])}"
-        lines.append(f"| {which} | {words} | {found} | {' | '.join(gb)} |")
+        communicated = f"{_words(row['gradients'])} | {_words(row['update'])}"
+        lines.append(f"| {which} | {Format(*row['format'])} | {communicated} | {' | '.join(gb)} |")
     return lines
 
 
@@ -252,7 +251,7 @@ def _words(found: dict[str, int]) -> str:
 def main() -> None:
     """Compiles all of them, writes the results and prints the tables."""
     jax.config.update("jax_platforms", "cpu")
-    results: dict[str, Any] = {
+    found: dict[str, Any] = {
         "command": "python benchmarks/pods.py",
         "versions": f"{versions()}, libtpu {version('libtpu')}",
         "without_optimizer": [],
@@ -260,20 +259,20 @@ def main() -> None:
         "rows": [],
     }
     for pod in (V5E, V5P):
-        results["without_optimizer"] += without_optimizer(pod, devices_of(pod))
+        found["without_optimizer"] += without_optimizer(pod, devices_of(pod))
     for job in STEPS:
-        results["steps"].append(compiled(job, devices_of(job.pod)))
-        print(results["steps"][-1], flush=True)
+        found["steps"].append(compiled(job, devices_of(job.pod)))
+        print(found["steps"][-1], flush=True)
     for pod, strategies in UPDATES:
         devices = devices_of(pod)
         for strategy in strategies:
             for fmt in FORMATS:
                 job = scaling.Compiled("Llama-3-8B", len(devices), 1, strategy, fmt)
-                results["rows"].append(scaling.compiled(job, devices))
-                print(results["rows"][-1], flush=True)
-    scaling.write(RESULTS, results)
+                found["rows"].append(scaling.compiled(job, devices))
+                print(found["rows"][-1], flush=True)
+    results.write(RESULTS, found)
     for lines in (table_without_optimizer, table, scaling.compiled_table):
-        print("\n".join(lines(results)), "\n")
+        print("\n".join(lines(found)), "\n")
 
 
 if __name__ == "__main__":

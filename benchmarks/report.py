@@ -3,12 +3,13 @@
 python benchmarks/report.py      # writes docs/benchmarks.md, docs/speed_*.png
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import results
 from contenders import CONTENDERS, REFERENCE
+from markdown_table import table
 from speed import HERE, OUTPUT, PLAN
 from trees import LEAF, count, shapes
 
@@ -58,12 +59,6 @@ _METHOD = f"""## How it is measured
 - **Cold.** Times to trace and to compile are those of fresh processes without persistent caches,
   from shapes alone where the library can; peak memory is that of a fresh process after three steps
   with one set of gradients, beyond what it held after a step on eight parameters."""
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a table in Markdown; the first column is text, the others are figures."""
-    head = [f"| {' | '.join(columns)} |", "|---|" + "--:|" * (len(columns) - 1)]
-    return head + [f"| {' | '.join(row)} |" for row in rows]
 
 
 def duration(seconds: float) -> str:
@@ -184,7 +179,7 @@ def _section(section: str, rows: list[Row], *, plot: bool) -> list[str]:
             speeds = sorted({f"{row['bandwidth'] / 1e9:.1f}" for row in measured}, key=float)
             lines += ["", f"Bandwidth of a copy: {' and '.join(speeds)} GB/s."]
         if measured:
-            lines += ["", *table(columns, map(cells, measured))]
+            lines += ["", *table(columns, map(cells, measured), figures=True)]
         lines += _skipped(found)
     return [*lines, "", *_provenance(rows), ""]
 
@@ -220,6 +215,7 @@ def _growth(rows: list[Row]) -> list[str]:
         *table(
             ["contender", *(f"n = {float(tree.removeprefix(LEAF)):.0e}" for tree in sizes)],
             ([name, *(cell(name, tree) for tree in sizes)] for name in names),
+            figures=True,
         ),
     ]
     if any(row.get("mode") == "in turn" for row in rows):
@@ -313,6 +309,7 @@ def summary(found: results.Results) -> list[str]:
             for row in rows
             if row["contender"] in _IN_SUMMARY and "skipped" not in row
         ),
+        figures=True,
     )
 
 

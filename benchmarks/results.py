@@ -36,16 +36,19 @@ def load(path: Path) -> Results:
     return json.loads(path.read_text()) if path.exists() else {"runs": {}}
 
 
-def save(path: Path, results: Results) -> None:
-    """Writes the file, a row on a line."""
+def write(path: Path, found: Results) -> None:
+    """Writes JSON that diffs well: each item of a list, or of a dict of dicts, on its own line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    runs = [f"  {json.dumps(key)}: {json.dumps(run)}" for key, run in results["runs"].items()]
-    parts = ['{\n "runs": {\n' + ",\n".join(runs) + "\n }"]
-    for section in SECTIONS:
-        if section in results:
-            rows = [f"  {json.dumps(row)}" for row in results[section]]
-            parts.append(f' "{section}": [\n' + ",\n".join(rows) + "\n ]")
-    path.write_text(",\n".join(parts) + "\n}\n")
+    parts = []
+    for key, value in found.items():
+        text = json.dumps(value)
+        if value and isinstance(value, list):
+            text = "[\n" + ",\n".join(f"  {json.dumps(item)}" for item in value) + "\n ]"
+        elif value and isinstance(value, dict) and all(isinstance(x, dict) for x in value.values()):
+            lines = (f"  {json.dumps(name)}: {json.dumps(item)}" for name, item in value.items())
+            text = "{\n" + ",\n".join(lines) + "\n }"
+        parts.append(f" {json.dumps(key)}: {text}")
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def add_run(results: Results, run: dict[str, Any]) -> str:
@@ -78,10 +81,10 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def versions() -> dict[str, str | None]:
-    """Versions of all that counts; None for what is not installed."""
+def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str | None]:
+    """Versions of Python and of packages; None for those that are not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

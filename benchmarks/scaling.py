@@ -10,7 +10,6 @@ compiled program says of its memory and communication stands beside the plan. Ru
 """
 
 import argparse
-import json
 import math
 import re
 import time
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+import results
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from versions import versions
 
@@ -55,6 +55,10 @@ class Format(NamedTuple):
     dtype: str
     moment_dtype: str | None
     param_rounding: str
+
+    def __str__(self) -> str:
+        rounding = f", {self.param_rounding}" if self.dtype != "float32" else ""
+        return f"{self.dtype}, {self.moment_dtype or 'float32'}{rounding}"
 
 
 # Float32 parameters are not rounded, and "stochastic" keeps nothing: it has the bytes of "nearest".
@@ -242,37 +246,23 @@ def compiled(job: Compiled, devices: Sequence[Any] | None = None) -> dict[str, A
     }
 
 
-def compiled_table(results: dict[str, Any]) -> list[str]:
+def compiled_table(found: dict[str, Any]) -> list[str]:
     """The compiled updates as a table in Markdown."""
     lines = [
         "| model | devices | parameters, moments, rounding | planned | compiled | temporaries | "
         "communication |",
         "|---|---|---|--:|--:|--:|---|",
     ]
-    for row in results["rows"]:
+    for row in found["rows"]:
         data, tensor = row["mesh"]
         devices = f"{data:,}" if tensor == 1 else f"{data:,} x {tensor}"
-        dtype, moments, rounding = row["format"]
-        words = f"{dtype}, {moments or 'float32'}" + (f", {rounding}" if dtype != "float32" else "")
         sizes = " | ".join(_gb(row[key]) for key in ("planned", "arguments", "temporaries"))
         kinds = ", ".join(f"{number} {kind}" for kind, number in row["collectives"].items())
         lines.append(
-            f"| {row['model']} | {devices}, {row['strategy']} | {words} | {sizes} | "
-            f"{kinds or 'none'} |"
+            f"| {row['model']} | {devices}, {row['strategy']} | {Format(*row['format'])} | "
+            f"{sizes} | {kinds or 'none'} |"
         )
     return lines
-
-
-def write(path: Path, results: dict[str, Any]) -> None:
-    """Writes results as JSON, each row of a list on one line."""
-    parts = []
-    for key, value in results.items():
-        text = json.dumps(value)
-        if isinstance(value, list):
-            lines = ",\n".join(f"  {json.dumps(row)}" for row in value)
-            text = f"[\n{lines}\n ]"
-        parts.append(f' "{key}": {text}')
-    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def main() -> None:
@@ -291,13 +281,13 @@ def main() -> None:
     for job in COMPILED:
         rows.append(compiled(job))
         print(rows[-1], flush=True)
-    results = {
+    found = {
         "command": "python benchmarks/scaling.py --compile",
         "versions": versions(),
         "rows": rows,
     }
-    write(RESULTS, results)
-    print("\n".join(compiled_table(results)))
+    results.write(RESULTS, found)
+    print("\n".join(compiled_table(found)))
 
 
 if __name__ == "__main__":

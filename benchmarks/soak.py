@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import results
+from markdown_table import table
 from versions import versions
 
 import adamaxw
@@ -349,23 +350,22 @@ def tables(found: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             "The norm: largest error, in octaves.",
-            _table(["moments", *ends], norm),
+            _lines(["moments", *ends], norm),
             "The first moment: largest error (and rms), in units of the norm.",
-            _table(["moments", *ends], moment),
+            _lines(["moments", *ends], moment),
             "The parameters: rms error, in percent of the way that float64 went.",
-            _table(["parameters", *ends, "largest", "part of the way", "feedback"], param),
+            _lines(["parameters", *ends, "largest", "part of the way", "feedback"], param),
         ]
     )
+
+
+def _lines(columns: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(table(columns, rows))
 
 
 def _worst(rows: list[dict[str, Any]], key: str) -> list[float]:
     """The largest of each window."""
     return list(np.max([row[key] for row in rows], axis=0))
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def main() -> None:
@@ -382,10 +382,7 @@ def main() -> None:
             "machine": results.machine(),
         }
         found |= soak(chosen)
-        rows = ",\n".join(f"  {json.dumps(row)}" for row in found.pop("rows"))
-        head = json.dumps(found, indent=1).removesuffix("\n}")
-        args.results.parent.mkdir(exist_ok=True)
-        args.results.write_text(f'{head},\n "rows": [\n{rows}\n ]\n}}\n')
+        results.write(args.results, found)
     found = json.loads(args.results.read_text())
     print(f"{found['versions']}\n\n{tables(found)}")
     wrong = violations(found, {name: contender.bound for name, contender in chosen.items()})

@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
             for row in measured(section, tree, names, args.rounds):
                 rows.append({"run": run, "tree": tree, **row})
                 results.merge(found, section, rows)
-                results.save(args.output, found)
+                results.write(args.output, found)
                 bar.update(task, advance=1, description=f"{section}, {tree}: {row['contender']}")
             console.print(summary(section, tree, rows))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from contenders import B1, B2, EPS, LEARNING_RATE, WEIGHT_DECAY
+from runners import B1, B2, EPS, LEARNING_RATE, WEIGHT_DECAY
 from trees import Data, Leaves, Shapes
 
 

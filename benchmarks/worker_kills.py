@@ -111,7 +111,7 @@ def main() -> None:
         "totals": totals,
         "runs": runs,
     }
-    kills.write(args.results, found)
+    results.write(args.results, found)
     print(summary(totals))
     sys.exit(totals["losses"] > 0)
 

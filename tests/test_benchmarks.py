@@ -187,7 +187,7 @@ def test_merging_keeps_other_rows_and_drops_unused_runs(tmp_path):
     results.merge(found, "step", [row("a", "x", second)])
     results.merge(found, "eager", [row("a", "x", second)])
     assert list(found["runs"]) == ["2"]
-    results.save(tmp_path / "saved.json", found)
+    results.write(tmp_path / "saved.json", found)
     assert results.load(tmp_path / "saved.json") == found
 
 
@@ -245,7 +245,7 @@ def test_command_line_measures_prints_and_merges(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     path = tmp_path / "speed.json"
     other = row("leaf-10", contenders.REFERENCE.name)
-    results.save(path, {"runs": {"1": {"command": "other"}}, "eager": [other]})
+    results.write(path, {"runs": {"1": {"command": "other"}}, "eager": [other]})
     flags = ["--sections", "eager", "--trees", "leaf-10", "--rounds", "2"]
     speed.main([*flags, "--contenders", "optax.adamw", "--output", str(path)])
     assert "optax.adamw" in capsys.readouterr().out
