@@ -21,68 +21,71 @@ Row = dict[str, Any]
 
 _INTRODUCTION = """# Compiled for accelerators
 
-Every format and rounding, compiled for TPUs and GPUs by the compilers that their users have, and
-what became of it: how many kernels, what they move, and what it costs to compile. **Nothing here
-was run.** The compilers need no chip, and none was at hand: no figure is the time of a step. What
-is counted in a compiled program is exact: kernels, bytes, temporaries, bundles, machine
-instructions. Cycles are an estimate of the compiler's, which
-[leaves much out](#what-the-cycles-count). Seconds are processor time beside other load.
+Every format and rounding, compiled for TPUs and GPUs by the compilers that their users have: how
+many kernels a step becomes, how many bytes they move, and what compiling costs. **Nothing on
+this page was run.** The compilers need no chip, and none was available, so no figure is the time
+of a step. Kernels, bytes, temporaries, bundles and machine instructions are counted in the
+compiled program and are exact. Cycles are an estimate by the TPU compiler that
+[omits a lot](#what-the-cycles-count). Seconds are processor time on a shared machine.
 
-`make accelerators` compiles again, in an environment of its own, and rewrites this page;
-`make accelerators-check` holds one leaf to the [targets](#targets), in less than 3 minutes.
+`make accelerators` compiles everything again in an environment of its own and rewrites this
+page; `make accelerators-check` holds one leaf to the [targets](#targets) in less than 3 minutes.
 
-What is compiled is the update and its application in one jit, parameters and state donated: for
-v5e, v6e and v5p by libtpu, for H100 and B200 by XLA's compiler for CUDA from the descriptions that
-XLA has of them. "One leaf" is an array of 4096 x 8192. The trees are those of
+A step is the update and its application in one jit, with parameters and state donated. libtpu
+compiles for v5e, v6e and v5p; XLA's compiler for CUDA compiles for H100 and B200 from XLA's own
+descriptions of them. "One leaf" is an array of 4096 x 8192. The trees are those of
 [Benchmarks](benchmarks.md): GPT-2 small, ResNet-50 with height and width of the kernels last
 ("resnet-50") and first ("resnet-50-hwio"), and NVAE."""
 
-_LEGEND = f"""- **Rows** name the dtypes of parameters and moments, and how bfloat16 parameters
-  are rounded. Gradients have the dtype of the parameters.
-- **Kernels** are those that touch more than {compiled_code.LARGE:,} bytes, per leaf whose least
-  traffic is more than that: fewer than 1 where XLA merges the steps of several leaves.
-- **Bytes** are read from and written to the chip's memory, per parameter; in brackets the least:
-  gradients read, parameters and state read and written, once. Copies between that memory and the
-  one on a TPU chip count where they begin or end in the former.
-- **Temporaries** are what the program allocates beside arguments and results, in bytes per
+_LEGEND = f"""- **Rows** name the dtype of the parameters, how moments are stored, and how
+  bfloat16 parameters are rounded. Gradients have the dtype of the parameters.
+- **Kernels** are counted per leaf, among kernels that touch more than {compiled_code.LARGE:,}
+  bytes and leaves that need to move more than that. Fewer than 1 means that XLA merges the steps
+  of several leaves.
+- **Bytes** are read from and written to the chip's main memory, per parameter. In brackets
+  stands the least possible: gradients read, parameters and state read and written, once. Copies
+  between main memory and the memory on a TPU chip count on the side of main memory.
+- **Temporaries** are what the program allocates besides arguments and results, in bytes per
   parameter.
-- **Cycles** are the sum of the TPU compiler's estimates for all kernels, for 1,000 parameters; in
-  brackets, in units of `{targets.REFERENCE}` on the same chip.
-- **Bundles** are the instruction words that a TPU core issues for 1,000 parameters, counted in the
-  scheduled code: the cycles that its arithmetic takes if it waits for nothing. The two cores of
-  v5p share them. No figure where the code of a kernel has loops inside.
+- **Cycles** are the TPU compiler's estimates, summed over all kernels, per 1,000 parameters. In
+  brackets: relative to `{targets.REFERENCE}` on the same chip.
+- **Bundles** are the instruction words that a TPU core issues per 1,000 parameters, counted in
+  the scheduled code: the cycles that its arithmetic takes if it never waits. The two cores of
+  v5p share them. The figure is missing where the code of a kernel contains loops.
 - **Instructions** are those of the disassembled kernel, per element.
-- **Bound** is what no step can be faster than, in picoseconds per parameter: the larger of bytes
-  over the stated bandwidth (H100 3.35 TB/s, B200 7.67 TB/s) and instructions over those that the
-  chip can issue (4 x 32 a clock for each of H100's 132 processors at 1.755 GHz, and of B200's 148
-  at 1.965 GHz)."""
+- **Bound** is a lower bound of the time, in picoseconds per parameter: the larger of bytes over
+  the stated bandwidth (H100 3.35 TB/s, B200 7.67 TB/s) and instructions over the issue rate (4 x
+  32 per clock for each of H100's 132 processors at 1.755 GHz, and of B200's 148 at 1.965 GHz)."""
 
 _CYCLES = """## What the cycles count
 
-The estimate did not move when vector operations were exchanged. `benchmarks/cycles.py` compiles
-kernels that differ in one thing, to see why:
+`benchmarks/cycles.py` compiles kernels that differ in one respect, to find out what the estimate
+responds to:
 
-- **It is the larger of two, memory and arithmetic.** Ten operations on an element cost what one
-  does, as long as memory takes longer; a hundred cost more. So nothing moves while arithmetic
-  hides behind memory, but for its part in the first window, before which nothing overlaps.
-- **Memory** is bytes over a rate: {rates} bytes
-  a cycle. At the clocks that follow from the stated peaks of matrix products, that is
-  {shares} of the stated bandwidth. A kernel of which all results are narrower
-  than 32 bits is charged more, {narrow} cycles for 1,000 elements on v5e, which no byte explains:
-  so is a step of bfloat16 parameters with bfloat16 moments.
+- **It is the larger of two terms, memory and arithmetic.** Ten operations per element cost what
+  one does as long as memory takes longer; a hundred cost more. While arithmetic hides behind
+  memory, only its part in the first window counts, since nothing overlaps with that.
+- **Memory** is bytes over a rate: {rates} bytes per cycle. At the clocks that follow from the
+  stated peaks of matrix products, that is {shares} of the stated bandwidth. A kernel whose
+  results are all narrower than 32 bits is charged {narrow} more cycles per 1,000 elements on
+  v5e, which its bytes do not explain; a step of bfloat16 parameters with bfloat16 moments is
+  such a kernel.
 - **Arithmetic** is a price list of operations, not a count of the scheduled code. Integer
-  operations are right to 1%. A product and a power of two are priced as three integer operations,
-  which is why exchanging the one for the other changed nothing; on v5e the code issues {exp2} times
-  the bundles of that price, for square roots {sqrt} times, for divisions {division} times.
-- **The start of a kernel** is in it: {small} cycles on v5e for a leaf of 1,024 elements, of which
-  the bytes are 28.
-- **Left out** is the schedule: what a unit can take at once, chains of dependent operations,
-  registers spilled. So is all waiting for copies between the two memories, which run beside the
-  kernels of a tree: a kernel finds those bytes on the chip at no charge, and a tree can have
-  fewer cycles than its bytes allow.
+  operations are priced to within 1%. A multiplication and a power of two are both priced as
+  three integer operations; on v5e the code issues {exp2} times the bundles of that price for
+  powers of two, {sqrt} times for square roots and {division} times for divisions.
+- **The start of a kernel** is included: {small} cycles on v5e for a leaf of 1,024 elements, of
+  which the bytes account for 28.
+- **The schedule is not included**: what a unit can issue at once, chains of dependent
+  operations, spilled registers. Neither are waits for copies between the two memories, which run
+  beside the kernels of a tree: a kernel finds those bytes on the chip free of charge, and a tree
+  can have fewer cycles than its bytes allow.
 
-So cycles tell whether the *bytes* of a kernel are right, and bundles whether its arithmetic hides
-behind them: a row with more bundles than cycles takes at least the bundles."""
+So cycles tell whether the *bytes* of a kernel are right, and bundles whether its arithmetic
+hides behind them: a row with more bundles than cycles takes at least the bundles."""
+
+_MISSED = """Where they are missed. What was "observed once" comes from a single experiment that no
+committed script repeats."""
 
 
 def _ratio(row: Row, key: str, reference: Row) -> str:
@@ -150,7 +153,7 @@ def _seconds(rows: list[Row]) -> list[str]:
     names = [name for name in targets.ROWS if any(row["row"] == name for row in rows)]
     cells = ([name, *(cell(name, chip) for chip in have)] for name in names)
     return [
-        "Processor seconds to trace and compile (relative):",
+        "Processor seconds to trace and compile (relative to Optax):",
         "",
         *table(["parameters, moments, rounding", *have], cells, figures=True),
         "",
@@ -191,7 +194,7 @@ def _targets(rows: list[Row]) -> list[str]:
     lines = ["## Targets", "", *table(["figure", "rows", "at most", "worst", "met"], summary), ""]
     if misses:
         columns = ["parameters, moments, rounding", "figure", "at most", "is", "cause"]
-        lines += ["Where they are missed:", "", *table(columns, misses), ""]
+        lines += [_MISSED, "", *table(columns, misses), ""]
     return lines
 
 
@@ -234,7 +237,7 @@ def _experiment(found: dict[str, Any]) -> list[str]:
         narrow=f"{narrow['cycles'] - 4e3 / rates['v5e'][-1]:.0f}",
         small=f"{found['small'][0]['cycles']:,.0f}",
     )
-    lines = [*text.splitlines(), "", "Cycles and, in brackets, bundles, for 1,000 elements:", ""]
+    lines = [*text.splitlines(), "", "Cycles (and bundles) per 1,000 elements:", ""]
     cells = []
     for kernel, repeats in dict.fromkeys((name, k) for _, name, k in rows):
         of = [rows[chip, kernel, repeats] for chip in chips.TPUS]
@@ -280,7 +283,7 @@ def _absent(rows: list[Row]) -> list[str]:
         if job not in have:
             left[job.tree, job.chip] = left.get((job.tree, job.chip), 0) + 1
     lines = [f"- {tree}, {chip}: {number} rows." for (tree, chip), number in left.items()]
-    words = "Of what `make accelerators` compiles, these tables do not have:"
+    words = "Part of `make accelerators`, but without a result here:"
     return ["## What was not compiled", "", words, "", *lines, ""] if lines else []
 
 

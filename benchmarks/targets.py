@@ -1,6 +1,6 @@
-"""What a step compiled for an accelerator shall be, in one table, and where it is not.
+"""Targets for a step compiled for accelerators, and known shortfalls with their causes.
 
-The rows that are compiled stand here too, for they are what targets are of.
+The rows that are compiled are defined here too, since targets refer to them.
 """
 
 import fnmatch
@@ -12,7 +12,7 @@ REFERENCE = "optax float32"
 
 
 class Row(NamedTuple):
-    """Parameters, moments and rounding of AdamaxW; without moments Optax's own, in their dtype."""
+    """Dtype of the parameters, moments and rounding of AdamaxW; without moments, Optax's own."""
 
     dtype: str
     moments: str | None = None
@@ -62,11 +62,11 @@ class Target(NamedTuple):
 
     Attributes:
         figure: a key of a result, or one of `RELATIVE`.
-        bound: the largest value that holds.
-        rows: which rows it is for.
-        chips: which chips, as a pattern; "v*" are the TPUs.
-        trees: which trees.
-        words: what the figure is, on the page.
+        bound: the largest value that meets the target.
+        rows: names of the rows it applies to.
+        chips: names of the chips it applies to.
+        trees: names of the trees it applies to.
+        words: the name of the figure on the page.
     """
 
     figure: str
@@ -77,7 +77,7 @@ class Target(NamedTuple):
     words: str
 
 
-# Of a figure, what it is divided by: another of the same row, or the same of Optax's float32 step.
+# What a figure is divided by: another figure of the same row, or the same of Optax's float32 step.
 RELATIVE = {
     "bytes / least": ("bytes", "least"),
     "cycles / Optax": ("cycles", REFERENCE),
@@ -86,7 +86,7 @@ RELATIVE = {
 
 _BOTH = (LEAF, "gpt2-small")
 _TPU, _ALL = ("v5e", "v6e", "v5p"), ("v5e", "v6e", "v5p", "H100", "B200")
-_CYCLES, _SLOW = "cycles, Optax's float32 step = 1", "processor seconds to compile"
+_CYCLES, _SLOW = "cycles, relative to Optax's float32 step", "processor seconds to compile"
 _FEW = tuple(name for name in PLAIN if ROWS[name].moments == "uint8")
 
 
@@ -95,25 +95,25 @@ def _bfloat16(moments: str) -> tuple[str, ...]:
 
 
 TARGETS = (
-    Target("kernels", 1, PLAIN, _ALL, _BOTH, "kernels a leaf"),
-    Target("bytes / least", 1, PLAIN, _ALL, _BOTH, "bytes, the least = 1"),
-    Target("bytes / least", 1.3, EXACT, _ALL, _BOTH, "bytes, the least = 1"),
-    Target("temporaries", 0.05, OURS, _ALL, _BOTH, "temporaries, bytes a parameter"),
+    Target("kernels", 1, PLAIN, _ALL, _BOTH, "kernels per leaf"),
+    Target("bytes / least", 1, PLAIN, _ALL, _BOTH, "bytes, relative to the least"),
+    Target("bytes / least", 1.3, EXACT, _ALL, _BOTH, "bytes, relative to the least"),
+    Target("temporaries", 0.05, OURS, _ALL, _BOTH, "temporaries, bytes per parameter"),
     Target("cycles / Optax", 0.75, ("float32, bfloat16",), _TPU, _BOTH, _CYCLES),
     Target("cycles / Optax", 0.66, ("float32, uint8",), _TPU, _BOTH, _CYCLES),
     Target("cycles / Optax", 0.66, _bfloat16("bfloat16"), _TPU, _BOTH, _CYCLES),
     Target("cycles / Optax", 0.66, _bfloat16("uint8"), _TPU, _BOTH, _CYCLES),
     Target("cycles / Optax", 1.0, EXACT[:1], _TPU, _BOTH, _CYCLES),
     Target("cycles / Optax", 0.8, EXACT[1:], _TPU, _BOTH, _CYCLES),
-    Target("instructions", 115, _FEW[:2], ("H100",), (LEAF,), "instructions an element"),
-    Target("instructions", 125, _FEW[2:], ("H100",), (LEAF,), "instructions an element"),
+    Target("instructions", 115, _FEW[:2], ("H100",), (LEAF,), "instructions per element"),
+    Target("instructions", 125, _FEW[2:], ("H100",), (LEAF,), "instructions per element"),
     Target(
         "seconds / Optax",
         4,
         ("float32, bfloat16", "float32, uint8"),
         ("CPU", "v5e", "H100"),
         ("gpt2-small",),
-        "processor seconds to compile, Optax = 1",
+        "processor seconds to compile, relative to Optax",
     ),
     Target("seconds", 120, ("float32, bfloat16",), ("H100",), ("nvae-cifar10",), _SLOW),
     Target("seconds", 240, ("float32, uint8",), ("H100",), ("nvae-cifar10",), _SLOW),
@@ -121,7 +121,7 @@ TARGETS = (
 
 
 class Shortfall(NamedTuple):
-    """Where a target is missed, by how much at most, and why. Patterns are those of `fnmatch`."""
+    """Where a target is missed, by how much at most, and why. Patterns as in `fnmatch`."""
 
     figure: str
     row: str
@@ -132,8 +132,8 @@ class Shortfall(NamedTuple):
 
 
 _PRIORITY = (
-    "nearly half of it is XLA's priority fusion, whose time grows with the operations of a leaf: "
-    "some 60 with bfloat16 moments and 75 with uint8, where Optax has 13"
+    "the time grows with the number of operations per leaf; observed once: XLA's priority fusion "
+    "takes nearly half of it"
 )
 SHORTFALLS: tuple[Shortfall, ...] = (
     Shortfall("seconds / Optax", "float32, bfloat16", "H100", "gpt2-small", 5, _PRIORITY),
@@ -144,8 +144,7 @@ SHORTFALLS: tuple[Shortfall, ...] = (
         "H100",
         "nvae-cifar10",
         165,
-        "124 to 144 s in three runs; not profiled. It grows with the operations of a leaf: Optax "
-        "and float32 moments take 27 s",
+        "the time grows with the number of operations per leaf; not profiled",
     ),
     Shortfall(
         "seconds / Optax",
@@ -153,8 +152,8 @@ SHORTFALLS: tuple[Shortfall, ...] = (
         "v5e",
         "gpt2-small",
         8,
-        "libtpu lays kernels with bytes out in tiles of four float32 ones, and schedules them as "
-        "one block: one that passes codes through unchanged takes 3.6 times as long as Optax's",
+        "observed once: libtpu schedules a kernel with uint8 arrays as one block of larger tiles, "
+        "and takes several times as long as for Optax even if the codes pass through unchanged",
     ),
     Shortfall(
         "seconds / Optax",
@@ -162,7 +161,7 @@ SHORTFALLS: tuple[Shortfall, ...] = (
         "CPU",
         "gpt2-small",
         8,
-        "for each shape LLVM optimizes three loops, with the noise and two powers in one of them",
+        "LLVM optimizes three loops per shape, one of them with the noise and two powers of two",
     ),
     Shortfall(
         "cycles / Optax",
@@ -170,16 +169,16 @@ SHORTFALLS: tuple[Shortfall, ...] = (
         "v6e",
         "gpt2-small",
         0.73,
-        "arithmetic is priced above the bytes there; one leaf holds the target",
+        "the estimate charges arithmetic above memory there; one leaf meets the target",
     ),
 )
 
-# What rounds away in the results, and scalars beside a leaf.
+# For rounding in the results, and for scalars besides the leaf.
 _TOLERANCE = 1.005
 
 
 class Finding(NamedTuple):
-    """A figure beside its target, and beside the shortfall that covers it, if any."""
+    """A figure, its target, and the known shortfall that covers it, if any."""
 
     target: Target
     row: str
@@ -190,12 +189,12 @@ class Finding(NamedTuple):
 
     @property
     def met(self) -> bool:
-        """Whether the target is."""
+        """Whether the figure is within the target."""
         return self.value <= self.target.bound * _TOLERANCE
 
     @property
     def held(self) -> bool:
-        """Whether the target is met, or missed by no more than the shortfall says."""
+        """Whether the target is met, or missed by no more than a known shortfall."""
         allowed = self.shortfall.bound if self.shortfall else self.target.bound
         return self.met or self.value <= allowed * _TOLERANCE
 
@@ -203,13 +202,13 @@ class Finding(NamedTuple):
         """The message of a check that fails."""
         allowed = self.shortfall.bound if self.shortfall else self.target.bound
         return (
-            f"{self.row}, on {self.chip}, {self.tree}: {self.target.words}: {self.value:.3g}, "
-            f"where at most {allowed:g} is allowed"
+            f"{self.row}, {self.chip}, {self.tree}: {self.target.words}: {self.value:.3g}, "
+            f"at most {allowed:g} allowed"
         )
 
 
 def value(figure: str, row: dict[str, Any], reference: dict[str, Any]) -> float | None:
-    """A figure of a result; None where a part of it is missing."""
+    """A figure of a result; None if a part of it is missing."""
     key, divisor = RELATIVE.get(figure, (figure, None))
     if divisor is None:
         return row.get(key)
@@ -218,7 +217,7 @@ def value(figure: str, row: dict[str, Any], reference: dict[str, Any]) -> float 
 
 
 def findings(rows: Iterable[dict[str, Any]]) -> list[Finding]:
-    """Each target beside each figure that it is for, among results."""
+    """Pairs each target with each result that it applies to."""
     by_name = {(row["tree"], row["chip"], row["row"]): row for row in rows}
     found = []
     for target in TARGETS:
