@@ -136,7 +136,7 @@ def _chip(chip: str, rows: list[Row]) -> list[str]:
     while more and not any(row[-1] for row in found):
         found, more = [row[:-1] for row in found], more[:-1]
     columns = ["parameters, moments, rounding", "kernels", "bytes (least)", "temporaries", *more]
-    return [f"**{chip}**", "", *table(columns, found, figures=True), ""] if found else []
+    return [f"**{chip}**", "", *table(columns, found, figures=1), ""] if found else []
 
 
 def _seconds(rows: list[Row]) -> list[str]:
@@ -155,7 +155,7 @@ def _seconds(rows: list[Row]) -> list[str]:
     return [
         "Processor seconds to trace and compile (relative to Optax):",
         "",
-        *table(["parameters, moments, rounding", *have], cells, figures=True),
+        *table(["parameters, moments, rounding", *have], cells, figures=1),
         "",
     ]
 
@@ -243,7 +243,7 @@ def _experiment(found: dict[str, Any]) -> list[str]:
         of = [rows[chip, kernel, repeats] for chip in chips.TPUS]
         size = f"{of[0]['bytes']}"
         cells.append([f"{kernel}, {repeats}x", size, *map(_pair, of)])
-    return [*lines, *table(["kernel", "bytes", *chips.TPUS], cells, figures=True), ""]
+    return [*lines, *table(["kernel", "bytes", *chips.TPUS], cells, figures=1), ""]
 
 
 def _range(values: list[float]) -> str:

@@ -44,7 +44,7 @@ def runner(moment_dtype: str | None, memory_kind: str | None) -> JaxRunner:
 def main() -> None:
     """Prints the ratio of the two times, and the bytes of state a parameter."""
     print(f"{TREE}, float32 parameters; {versions()}\n")
-    print("| moments | state in host memory, bytes a parameter | step, times that without |")
+    print("| moments | state in host memory, bytes per parameter | step, times that without |")
     print("|---|--:|--:|")
     for moment_dtype in (None, "bfloat16", "uint8"):
         reference, contender = (runner(moment_dtype, kind) for kind in (None, "pinned_host"))

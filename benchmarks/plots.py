@@ -49,7 +49,7 @@ def step_times(path: Path, rows: list[Row]) -> None:
 
 
 def growth(path: Path, rows: list[Row]) -> None:
-    """Time a parameter against the number of parameters, a line for each contender."""
+    """Time per parameter against the number of parameters, a line for each contender."""
     timed = [row for row in rows if "seconds" in row]
     names = [name for name in CONTENDERS if any(row["contender"] == name for row in timed)]
     figure = Figure(figsize=(8.5, 5), layout="constrained")
@@ -62,7 +62,7 @@ def growth(path: Path, rows: list[Row]) -> None:
         )
         sizes = [size for size, _ in points]
         axes.loglog(sizes, [1e9 * s / size for size, s in points], marker=marker, ms=5, label=name)
-    axes.set(xlabel="parameters in one leaf", ylabel="nanoseconds a parameter")
+    axes.set(xlabel="parameters in one leaf", ylabel="nanoseconds per parameter")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.grid(color="0.9")
     axes.set_axisbelow(True)

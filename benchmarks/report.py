@@ -1,4 +1,4 @@
-"""The page of speed benchmarks and its plots, made of the committed results and nothing else.
+"""The page of speed benchmarks and its plots, rendered from the committed results alone.
 
 python benchmarks/report.py      # writes docs/benchmarks.md, docs/speed_*.png
 """
@@ -30,39 +30,40 @@ Row = dict[str, Any]
 
 _INTRODUCTION = """# Benchmarks
 
-How long a step takes, what it moves and holds and what it costs to compile, beside what else there
-is. This page and its plots are made by `python benchmarks/report.py` of the committed results in
-`benchmarks/results/`; `make bench` measures again and rewrites both."""
+How long a step takes, how many bytes it moves and holds, and how long it takes to compile,
+compared with other optimizers. `python benchmarks/report.py` writes this page and its plots from
+the committed results in `benchmarks/results/`; `make bench` measures again and rewrites both."""
 
 _METHOD = f"""## How it is measured
 
-- **The same work.** Every contender gets the same parameters, the same gradients (two sets in turn
-  where memory allows) and the same hyperparameters, weight decay among them, and
-  `tests/test_benchmarks.py` compares what each trains with a formula in float64. Three things
-  differ: `torch.optim.Adamax` adds the decay to the gradients (L2), which is a pass over the
-  gradients more and no decoupled decay; Keras adds eps outside the maximum; `optax.adamw` is
-  another rule, for scale. "bfloat16" contenders have bfloat16 parameters and gradients.
-- **A step** of a JAX contender is the update and its application in one jit, parameters and state
-  donated, gradients not. Of PyTorch's it is `optimizer.step()`, with the gradients already in
-  place and as many threads as the machine has cores.
-- **Paired.** A contender and `{REFERENCE.name}` in float32 alternate in one process, warm. A
-  sample is one step and the wait for its end, or as many as make 2 ms (on a GPU 50 ms) and one
-  wait. The ratio is the median of the ratios of neighbours, beside its quartiles: other load of
-  the machine falls on both. The row of `{REFERENCE.name}` against itself shows what noise is
-  left. "In turn" marks pairs that do not fit in memory together: blocks of a few steps alternate.
+- **The same work.** All contenders get the same parameters, gradients (two alternating sets
+  where memory allows) and hyperparameters, weight decay included, and `tests/test_benchmarks.py`
+  compares what each computes with a float64 formula. Three things differ: `torch.optim.Adamax`
+  adds the decay to the gradients (L2), which takes one more pass over them and is not decoupled;
+  Keras adds eps outside the maximum; `optax.adamw` is another rule, included for scale.
+  "bfloat16" contenders have bfloat16 parameters and gradients.
+- **A step** of a JAX contender is the update and its application in one jit, with parameters and
+  state donated. For PyTorch it is `optimizer.step()`, with the gradients in place and one thread
+  per core.
+- **Paired.** A contender and `{REFERENCE.name}` in float32 alternate in one process, both warm.
+  A sample is one step and the wait for its end, or as many steps as fill 2 ms (50 ms on a GPU)
+  and one wait. The ratio is the median over neighbouring samples, with its quartiles, so other
+  load on the machine affects both sides alike. The row of `{REFERENCE.name}` against itself
+  shows the remaining noise. "In turn" marks pairs that do not fit in memory together: blocks of
+  a few steps alternate.
 - **Bytes.** "Least" is what any step must move: gradients read, parameters and state read and
-  written. "Program" is what XLA's cost analysis says that the compiled step accesses, loop by
-  loop, as if nothing stayed in a cache between two loops, and the body of a loop with an unknown
-  number of turns counted once. "Share" is the least bytes by the median time, relative to the
-  bandwidth of a copy (a negation of 512 MB, 4 GB on a GPU, in place or not, the best of a few)
-  measured in the same process: 100% would be a step as fast as its memory traffic allows.
-- **Cold.** Times to trace and to compile are those of fresh processes without persistent caches,
-  from shapes alone where the library can; peak memory is that of a fresh process after three steps
-  with one set of gradients, beyond what it held after a step on eight parameters."""
+  written. "Program" is what XLA's cost analysis counts for the compiled step, loop by loop, as
+  if nothing stayed in a cache between two loops, and with the body of a loop of unknown length
+  counted once. "Share" is the least bytes over the median time, relative to the bandwidth of a
+  copy (a negation of 512 MB, 4 GB on a GPU, in place or not, the best of a few) in the same
+  process: at 100%, a step is as fast as its memory traffic allows.
+- **Cold.** Tracing and compiling are timed in fresh processes without persistent caches, from
+  shapes alone where the library can do that. Peak memory is that of a fresh process after three
+  steps with one set of gradients, beyond what it held after a step on eight parameters."""
 
 
 def duration(seconds: float) -> str:
-    """Three digits, with a unit that fits."""
+    """Three digits, in the largest unit that is not above the duration."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
@@ -70,14 +71,14 @@ def duration(seconds: float) -> str:
 
 
 def ratio(row: Row) -> str:
-    """Median and quartiles."""
+    """The ratio of a row: median and quartiles."""
     found = row["ratio"]
     marked = ", in turn" if row["mode"] == "in turn" else ""
     return f"**{found['median']:.2f}** ({found['low']:.2f}-{found['high']:.2f}){marked}"
 
 
 def describe(tree: str) -> str:
-    """A heading."""
+    """The heading of a tree."""
     found = shapes(tree)
     leaves = f"{len(found):,} leaves" if len(found) > 1 else "1 leaf"
     return f"{tree}: {count(found):,} parameters in {leaves}"
@@ -120,11 +121,11 @@ def _memory_cells(row: Row) -> list[str]:
     ]
 
 
-# Of each section: its heading, what is to be said first, columns, cells of a row.
+# For each section: heading, introduction, columns, and a function from a row to its cells.
 _SECTIONS: dict[str, tuple[str, str, tuple[str, ...], Callable[[Row], list[str]]]] = {
     "step": (
         "Time of a step",
-        f"Ratios are to `{REFERENCE.name}`: less is faster. Bytes are a parameter.",
+        f"Ratios are to `{REFERENCE.name}`: less is faster. Bytes are per parameter.",
         (
             "contender",
             "time, relative (quartiles)",
@@ -139,22 +140,22 @@ _SECTIONS: dict[str, tuple[str, str, tuple[str, ...], Callable[[Row], list[str]]
     ),
     "eager": (
         "Eager update",
-        f"`update` alone, called without jit, relative to that of `{REFERENCE.name}`.",
+        f"`update` alone, called without jit, relative to `{REFERENCE.name}`.",
         ("contender", "time, relative (quartiles)", "time"),
         _eager_cells,
     ),
     "compile": (
         "Tracing and compiling",
-        'Medians of fresh processes. "Trace" includes lowering; `torch.compile` does not tell the '
-        "two apart: its time is that of the first two steps beyond the two after them, so it "
-        "includes making the state.",
+        'Medians of fresh processes. "Trace" includes lowering. `torch.compile` does not separate '
+        "the two: its time is that of the first two steps minus that of the next two, and includes "
+        "allocating the state.",
         ("contender", "trace", "compile", "processes"),
         _compile_cells,
     ),
     "memory": (
         "Peak memory",
-        "Resident memory on a CPU (the compiler's included), memory of the device on a GPU. Bytes "
-        'are a parameter; "least" is parameters, gradients and state.',
+        "Resident memory on a CPU, the compiler's included; device memory on a GPU. Bytes are per "
+        'parameter; "least" is parameters, gradients and state.',
         ("contender", "peak, GB", "peak, bytes", "least, bytes"),
         _memory_cells,
     ),
@@ -179,7 +180,7 @@ def _section(section: str, rows: list[Row], *, plot: bool) -> list[str]:
             speeds = sorted({f"{row['bandwidth'] / 1e9:.1f}" for row in measured}, key=float)
             lines += ["", f"Bandwidth of a copy: {' and '.join(speeds)} GB/s."]
         if measured:
-            lines += ["", *table(columns, map(cells, measured), figures=True)]
+            lines += ["", *table(columns, map(cells, measured), figures=1)]
         lines += _skipped(found)
     return [*lines, "", *_provenance(rows), ""]
 
@@ -206,20 +207,20 @@ def _growth(rows: list[Row]) -> list[str]:
     lines = [
         "## Growth with the number of parameters",
         "",
-        "One leaf of n parameters; nanoseconds a parameter, and the ratio to "
-        f"`{REFERENCE.name}` at the same time: the machine's speed drifts between rows. Small "
-        "leaves stay in caches, and what counts there is the cost of a call.",
+        "One leaf of n parameters: nanoseconds per parameter, and in brackets the ratio to "
+        f"`{REFERENCE.name}` in the same process, since the machine's speed drifts between rows. "
+        "Small leaves stay in caches, where the cost of a call dominates.",
         "",
-        f"![Time a parameter against the number of parameters]({GROWTH_PLOT})",
+        f"![Time per parameter against the number of parameters]({GROWTH_PLOT})",
         "",
         *table(
             ["contender", *(f"n = {float(tree.removeprefix(LEAF)):.0e}" for tree in sizes)],
             ([name, *(cell(name, tree) for tree in sizes)] for name in names),
-            figures=True,
+            figures=1,
         ),
     ]
     if any(row.get("mode") == "in turn" for row in rows):
-        lines += ["", r"\* in turn with the reference, not side by side."]
+        lines += ["", r"\* In turn with the reference, not alternating with it."]
     lines += _skipped([row | {"contender": f"{row['contender']}, {row['tree']}"} for row in rows])
     return [*lines, "", *_provenance(rows), ""]
 
@@ -248,7 +249,7 @@ def _runs(found: results.Results) -> list[str]:
 
 
 def _not_run(found: results.Results) -> list[str]:
-    lines = ["## What was not run", "", "Of what `make bench` runs:", ""]
+    lines = ["## What was not run", "", "Part of `make bench`, but without a result here:", ""]
     for section, plan in PLAN.items():
         have = {(row["tree"], row["contender"]) for row in found.get(section, [])}
         for tree, names in plan.items():
@@ -258,16 +259,15 @@ def _not_run(found: results.Results) -> list[str]:
                 lines.append(f"- {section}, {tree}: {which}.")
     if not GPU.exists():
         lines += [
-            "- A GPU: none was at hand, and no figure here is of one. With versions of JAX and "
-            "PyTorch for CUDA, "
+            "- GPUs. With JAX and PyTorch for CUDA, "
             f"`python benchmarks/speed.py --output benchmarks/results/{GPU.name}` measures the "
-            "same there, and `python benchmarks/report.py` adds it to this page."
+            "same on one, and `python benchmarks/report.py` adds it to this page."
         ]
     return lines if lines[4:] else []
 
 
 def body(found: results.Results, *, plot: bool = False) -> list[str]:
-    """The sections that one file of results has; the plots are of one file alone."""
+    """The sections of one file of results; only the CPU's have plots."""
     lines = []
     for section in _SECTIONS:
         if found.get(section):
@@ -284,7 +284,7 @@ def _below(lines: list[str]) -> list[str]:
 def page(
     cpu: results.Results, wide: results.Results | None = None, gpu: results.Results | None = None
 ) -> str:
-    """The whole page, in Markdown, of the results on a CPU, with 512-bit vectors, on a GPU."""
+    """The whole page in Markdown, from results on a CPU, with 512-bit vectors, and on a GPU."""
     lines = [*_INTRODUCTION.splitlines(), "", *_METHOD.splitlines(), "", *body(cpu, plot=True)]
     if wide is not None:
         lines += ["## With vectors of 512 bits", "", *_below(body(wide))]
@@ -294,34 +294,48 @@ def page(
 
 
 def committed() -> str:
-    """The page of the committed results."""
+    """The page rendered from the committed results."""
     others = (results.load(path) if path.exists() else None for path in (WIDE, GPU))
     return page(results.load(OUTPUT), *others)
 
 
 def summary(found: results.Results) -> list[str]:
-    """The table of the README: GPT-2 small."""
+    """A short table for other pages: GPT-2 small."""
     rows = _in_order(row for row in found["step"] if row["tree"] == "gpt2-small")
     return table(
-        ("GPT-2 small, 124 million parameters", "time of a step", "state, bytes a parameter"),
+        ("GPT-2 small, 124 million parameters", "time of a step", "state, bytes per parameter"),
         (
             (row["contender"], f"{row['ratio']['median']:.2f}", f"{row['state_bytes']:.0f}")
             for row in rows
             if row["contender"] in _IN_SUMMARY and "skipped" not in row
         ),
-        figures=True,
+        figures=1,
     )
 
 
+def extremes(found: results.Results) -> list[str]:
+    """A short table for other pages: the best and the worst ratio among trees of models."""
+    rows = []
+    for name in (*_IN_SUMMARY[1:4], "adamaxw bfloat16 stochastic, moments uint8"):
+        mine = [row for row in found["step"] if row["contender"] == name and "ratio" in row]
+        ratios = [row["ratio"]["median"] for row in mine]
+        params, _, moments = name.removeprefix("adamaxw ").partition(", moments ")
+        size = f"{max(row['state_bytes'] for row in mine):.0f}"
+        cells = [params.replace(" ", ", "), moments, size]
+        rows.append([*cells, f"{min(ratios):.2f}", f"{max(ratios):.2f}"])
+    columns = ("parameters", "moments", "bytes", "best", "worst")
+    return table(columns, rows, figures=2)
+
+
 def main() -> None:
-    """Writes the page and the plots, and prints the table of the README."""
-    import plots  # Only here: the text needs no matplotlib.
+    """Writes the page and the plots; prints the short tables."""
+    import plots  # Imported here because the text does not need matplotlib.
 
     PAGE.write_text(committed(), encoding="utf-8")
     found = results.load(OUTPUT)
     plots.step_times(Path(PAGE.parent / STEP_PLOT), found.get("step", []))
     plots.growth(Path(PAGE.parent / GROWTH_PLOT), found.get("growth", []))
-    print(*summary(found), sep="\n")
+    print(*summary(found), "", *extremes(found), sep="\n")
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def summary(section: str, tree: str, rows: list[results.Row]) -> Table:
     table = Table(title=f"{section}, {tree}", title_justify="left")
     table.add_column("contender", no_wrap=True)
     for figure in shown:
-        table.add_column(figure.replace("_bytes", ", bytes a parameter"), justify="right")
+        table.add_column(figure.replace("_bytes", ", bytes per parameter"), justify="right")
     for row in rows:
         if "skipped" in row:
             table.add_row(row["contender"], f"skipped: {row['skipped']}", style="dim")
