@@ -136,9 +136,9 @@ def killed(
             end = "\n".join(lines)[-2000:]
             raise RuntimeError(f"seed {seed}, start {start}: status {status}: {end}")
         for line in lines:
-            if found := re.fullmatch(r"goes on from step (\d+)", line):
+            if found := re.fullmatch(r"resuming from step (\d+)", line):
                 restarts.append((safe, int(found[1])))
-            elif line == "begins anew":
+            elif line == "starting from step 0":
                 restarts.append((safe, 0))
             elif found := re.fullmatch(r"saved step (\d+)", line):
                 safe = int(found[1])
@@ -151,7 +151,7 @@ def killed(
 def losses(survival: Survival, end: str) -> list[str]:
     """What was lost, in words: nothing, if all is well."""
     lost = [
-        f"went on from step {step}, though step {safe} had been saved"
+        f"resumed from step {step}, although step {safe} had been saved"
         for safe, step in survival.restarts
         if step < safe
     ]

@@ -55,7 +55,7 @@ def job(processes: int) -> kills.Program:
     flags = ["--processes", str(processes), "--devices", "1"]
     line = (
         rf"distributed\.py: error: process \d of {processes} was killed by SIGKILL; "
-        "the same command goes on from the last complete checkpoint"
+        "run the same command again to resume from the last complete checkpoint"
     )
     return kills.Program(
         [sys.executable, str(PROGRAM), *flags], SAVE_EVERY, 6, 20.0, kill_worker, 1, line

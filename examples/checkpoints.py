@@ -1,8 +1,8 @@
-"""Checkpoints of a run from which the same command goes on, in one process or several.
+"""Checkpoints from which the same command resumes, in one process or several.
 
-Orbax writes to a temporary folder, and renames it when all is there: a folder with a number for its
-name is complete. What it does not notice, a flipped bit or a checkpoint of other flags, is noticed
-here, by a checksum and the flags beside each.
+Orbax writes to a temporary folder and renames it once everything is there, so a folder named by a
+number is complete. Flipped bits and checkpoints of other flags, which Orbax does not notice, are
+found here, by a checksum and the flags stored beside each checkpoint.
 """
 
 import hashlib
@@ -19,9 +19,9 @@ KEEP = 3  # checkpoints
 
 
 def checksum(tree: Any) -> str:
-    """A hash of every bit of a tree of arrays, with their names and dtypes.
+    """A hash of every bit of a tree of arrays, and of their names and dtypes.
 
-    Of arrays on the devices of several processes, all must call it: the parts are gathered.
+    Gathers arrays that are spread over several processes, all of which must then call this.
     """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -37,7 +37,7 @@ def _whole(x: Any) -> np.ndarray:
 
 
 def opened(folder: Path) -> ocp.training.Checkpointer:
-    """The checkpoints in a folder, without what a killed run has left of others."""
+    """The checkpoints in a folder; removes what a killed run has left half written."""
     latest_ones: Any = ocp.training.preservation_policies.LatestN(KEEP)
     return ocp.training.Checkpointer(
         str(folder.absolute()), preservation_policy=latest_ones, cleanup_tmp_directories=True
@@ -45,7 +45,7 @@ def opened(folder: Path) -> ocp.training.Checkpointer:
 
 
 def save(checkpoints: ocp.training.Checkpointer, step: int, run: Any, flags: Any) -> None:
-    """Saves a run after so many steps, and says so when all of it is there."""
+    """Saves a run after some number of steps, and reports it once it is complete."""
     about: Any = {"flags": flags, "step": step, "checksum": checksum(run)}
     checkpoints.save(step, run, force=True, custom_metadata=about)
     say(f"saved step {step}")
@@ -54,27 +54,27 @@ def save(checkpoints: ocp.training.Checkpointer, step: int, run: Any, flags: Any
 def begin(
     checkpoints: ocp.training.Checkpointer, init: Any, steps: int, flags: Any, parser: Parser
 ) -> tuple[int, Any]:
-    """The run to go on with, and the steps that it has done; says which.
+    """Resumes from the latest checkpoint, or starts; returns the steps done so far, and the run.
 
     Args:
-        checkpoints: where the latest is looked for.
+        checkpoints: the folder to look in.
         init: the compiled function, with `out_shardings`, that makes the run if there is none.
-        steps: that are to be done in all.
-        flags: those that steps depend on.
-        parser: ends the program if a checkpoint does not fit, or is damaged.
+        steps: the total number of steps.
+        flags: the flags that steps depend on.
+        parser: ends the program if the checkpoint is damaged or does not fit.
     """
     if checkpoints.latest is None:
-        say("begins anew")
+        say("starting from step 0")
         return 0, init()
     step = checkpoints.latest.step
     if step > steps:
         parser.error(f"argument --steps: {checkpoints.directory} is at step {step} already")
     try:
-        # From shapes and places alone: nothing is allocated before.
+        # From shapes and shardings alone: nothing else is allocated.
         run = restore(checkpoints, init.eval_shape(), flags)
     except ValueError as error:
         parser.fail(str(error))
-    say(f"goes on from step {step}")
+    say(f"resuming from step {step}")
     return step, run
 
 
@@ -83,12 +83,12 @@ def restore(checkpoints: ocp.training.Checkpointer, abstract: Any, flags: dict[s
 
     Args:
         checkpoints: a folder with at least one.
-        abstract: shapes, dtypes and shardings of the run; those of the saved one may differ.
-        flags: those that it must have been saved with.
+        abstract: shapes, dtypes and shardings of the run; the saved shardings may differ.
+        flags: the flags that it must have been saved with.
 
     Raises:
-        ValueError: it was saved with others, or is damaged. An older one is not taken in its place,
-            nor is training begun anew: that is for the user to decide.
+        ValueError: it was saved with other flags, or is damaged. Whether to fall back to an older
+            one or to start again is for the user to decide.
     """
     assert checkpoints.latest is not None
     step = checkpoints.latest.step
@@ -96,14 +96,14 @@ def restore(checkpoints: ocp.training.Checkpointer, abstract: Any, flags: dict[s
 
     def damaged(why: str) -> ValueError:
         return ValueError(
-            f"{place} is damaged or cannot be read ({why}): move it away to go on from the "
-            "checkpoint before it, or pass another --output to begin anew"
+            f"{place} is damaged or cannot be read ({why}): move it away to resume from the "
+            "checkpoint before it, or pass another --output to start again"
         )
 
     try:
         saved: Any = checkpoints.metadata(step).custom_metadata
         passed = saved["flags"]
-    # Of what is damaged, Orbax raises almost anything.
+    # Damage makes Orbax raise almost any exception.
     except Exception as error:
         raise damaged(type(error).__name__) from error
     if passed != flags:
@@ -115,7 +115,7 @@ def restore(checkpoints: ocp.training.Checkpointer, abstract: Any, flags: dict[s
         run = checkpoints.load(step, abstract)
     except Exception as error:
         raise damaged(type(error).__name__) from error
-    # Orbax does not notice a flipped bit, and casts to whatever dtypes it is asked for.
+    # Orbax does not notice flipped bits, and casts to whatever dtypes it is asked for.
     if checksum(run) != saved["checksum"]:
         raise damaged("its checksum differs")
     if step != saved["step"]:
@@ -124,6 +124,6 @@ def restore(checkpoints: ocp.training.Checkpointer, abstract: Any, flags: dict[s
 
 
 def say(line: str) -> None:
-    """Prints a line at once, in the first process."""
+    """Prints a line without buffering, in the first process."""
     if jax.process_index() == 0:
         print(line, flush=True)

@@ -1,4 +1,4 @@
-"""What the command lines of the examples share: flags of the optimizer, errors in one line."""
+"""The shared command line of the examples: flags of the optimizer, errors in one line."""
 
 import argparse
 import math
@@ -19,7 +19,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser with the flags of every example, that says what is wrong in one line."""
+    """A parser with the common flags, which reports errors in one line."""
 
     def __init__(self, description: str, learning_rate: float, weight_decay: float, output: str):
         super().__init__(
@@ -30,7 +30,12 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--optimizer", choices=OPTIMIZERS, default="adamaxw", help="which one")
         self.add_argument("--learning-rate", type=rate, default=learning_rate, help="at its peak")
         self.add_argument("--weight-decay", type=rate, default=weight_decay, help="of matrices")
-        self.add_argument("--seed", type=integer_in(0, 2**32 - 1), default=0, help="of all chance")
+        self.add_argument(
+            "--seed",
+            type=integer_in(0, 2**32 - 1),
+            default=0,
+            help="of everything random",
+        )
         self.add_argument(
             "--output", type=Path, default=Path(output), help="folder for what is written"
         )
@@ -51,7 +56,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def low_precision(self, args: argparse.Namespace) -> dict[str, Any]:
-        """The flags of `add_low_precision` as arguments of `adamaxw`; others must not have them."""
+        """The flags of `add_low_precision` as arguments of `adamaxw`, the only one to take them."""
         if args.optimizer != "adamaxw":
             for flag, value in (("--moments", args.moments), ("--rounding", args.rounding)):
                 if value != self.get_default(flag[2:]):
@@ -69,15 +74,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(status, f"{self.prog}: error: {message}\n")
 
     def folder(self, path: Path) -> None:
-        """Makes the folder for the output where it is not yet there; what hinders is an error."""
+        """Makes the output folder, unless it exists; failing to is an error of --output."""
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             self.error(f"argument --output: {path}: {error.strerror}")
 
 
-def bytes_a_parameter(tree: Any, parameters: int) -> float:
-    """The bytes of all arrays in a tree, for each of so many parameters."""
+def bytes_per_parameter(tree: Any, parameters: int) -> float:
+    """Bytes of all arrays in a tree, per parameter."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / parameters
 
 

@@ -1,15 +1,16 @@
-"""Train a language model in several processes, and go on after one of them was killed.
+"""Train a language model in several processes, and resume after one of them was killed.
 
-The model and the data of `language_model.py`, on a mesh over the devices of all processes, which
-`jax.distributed` joins. Parameters and state are replicated (data), sharded (fsdp), or only the
-state is (zero1). Every few steps a checkpoint is saved. If a process dies, the job ends with one
-line, and the same command goes on from the last complete checkpoint, also with other numbers of
-processes and devices, and another strategy. Run two processes of four CPU devices each::
+The model and the data of `language_model.py`, on a mesh over the devices of all processes, joined
+by `jax.distributed`. Parameters and state are both replicated (data), both sharded (fsdp), or only
+the state is sharded (zero1). A checkpoint is saved every few steps. If a process dies, the job ends
+with one line that says so. The same command resumes from the last complete checkpoint, even with
+another number of processes or devices or another strategy. Run two processes with four CPU devices
+each::
 
     python examples/distributed.py
     python examples/distributed.py --strategy fsdp --processes 4 --devices 2
 
-or, on each of two machines that see one folder for the output, I being 0 or 1::
+or, on each of two machines that share the output folder, with I being 0 or 1::
 
     python examples/distributed.py --coordinator HOST:PORT --process I --devices 0
 """
@@ -50,10 +51,10 @@ WIDTH, LAYERS, CONTEXT = 64, 1, 64
 WARMUP = 10  # steps
 MAX_BYTES = 1_000_000
 HELD_OUT = 64  # windows
-HEARTBEAT = 30  # seconds after which a process that says nothing is lost, and ends all others
-PATIENCE = 120  # seconds for all processes to come, and to go
-GOES_ON = "the same command goes on from the last complete checkpoint"
-# Flags that may differ from one start to the next: steps do not depend on them.
+HEARTBEAT = 30  # seconds of silence after which a process counts as lost, which ends the others
+PATIENCE = 120  # seconds for all processes to join, and to leave
+TO_RESUME = "run the same command again to resume from the last complete checkpoint"
+# Flags that steps do not depend on, so that they may change from one start to the next.
 CHANGING = (
     *("steps", "save_every", "output", "strategy"),
     *("processes", "devices", "coordinator", "process", "launched"),
@@ -61,20 +62,20 @@ CHANGING = (
 
 
 class Run(NamedTuple):
-    """All that a later step depends on, besides the flags: what is saved."""
+    """What is saved: everything that later steps depend on, besides the flags."""
 
     params: Any
     state: Any
 
 
 class Job(NamedTuple):
-    """The compiled parts of a training, on one mesh.
+    """The compiled functions of a training run on one mesh.
 
     Attributes:
-        init: makes the run, sharded from its birth.
-        step: (run, windows) to the loss before the update and the run after it.
-        loss: (params, windows) to the loss.
-        batch: the number of a step, 0 for the first, to its windows.
+        init: makes the run, sharded from the start.
+        step: maps (run, windows) to the loss before the update and the run after it.
+        loss: maps (params, windows) to the loss.
+        batch: maps the number of a step, from 0, to its windows.
         held_out: windows to evaluate on.
     """
 
@@ -88,7 +89,7 @@ class Job(NamedTuple):
 def shardings_of(
     strategy: str, optimizer: optax.GradientTransformation, params: Any, mesh: jax.sharding.Mesh
 ) -> Run:
-    """Where parameters, given by their shapes, and the state lie."""
+    """Shardings of the parameters, given by their shapes, and of the state."""
 
     def placed(p: Any) -> Any:
         spec = PartitionSpec()
@@ -110,7 +111,7 @@ def make_job(
     data: np.ndarray,
     held_out: np.ndarray,
 ) -> Job:
-    """Lays out a training on bytes, uint8; no parameters are made yet."""
+    """Prepares a training run on uint8 bytes; no parameters are allocated yet."""
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     everywhere = NamedSharding(mesh, PartitionSpec())
     rows = NamedSharding(mesh, PartitionSpec("data"))
@@ -129,7 +130,7 @@ def make_job(
     def loss_of(params: Any, windows: jax.Array) -> jax.Array:
         return loss_fn(nnx.merge(graph, params), windows)
 
-    # Donated: parameters and state are updated where they are. What Orbax saves, it has copied.
+    # Donated, so that parameters and state are updated in place. Orbax copies before it saves.
     @partial(jax.jit, out_shardings=(everywhere, shardings), donate_argnums=0)
     def step(run: Run, windows: jax.Array) -> tuple[jax.Array, Run]:
         loss, grads = jax.value_and_grad(loss_of)(run.params, windows)
@@ -137,12 +138,12 @@ def make_job(
         return loss, Run(optax.apply_updates(run.params, updates), state)
 
     def batch(number: int) -> jax.Array:
-        # Each row is a function of the step alone: the same on any mesh, nothing to be saved.
+        # Each row is a function of the step alone: the same on any mesh, with nothing to save.
         def row(i: int) -> Any:
             rng = np.random.default_rng((args.seed, number, i))
             return sample_windows(rng, data, 1, CONTEXT + 1)
 
-        # Called for the rows of this process's devices only.
+        # Called only for the rows of this process's devices.
         def draw(index: Any) -> Any:
             return np.concatenate([row(i) for i in range(args.batch_size)[index[0]]])
 
@@ -154,9 +155,9 @@ def make_job(
 
 
 def optimizer_of(args: argparse.Namespace, parser: Parser) -> optax.GradientTransformation:
-    """The optimizer that the flags ask for."""
+    """The optimizer, as the flags say."""
     adamaxw_or_peer = OPTIMIZERS[args.optimizer](
-        # Not of the number of steps: that may change from one start to the next.
+        # Independent of the number of steps, which may change from one start to the next.
         optax.linear_schedule(0.0, args.learning_rate, WARMUP),
         weight_decay=args.weight_decay,
         mask=adamaxw.masks.matrices,
@@ -168,7 +169,7 @@ def optimizer_of(args: argparse.Namespace, parser: Parser) -> optax.GradientTran
 def train(
     args: argparse.Namespace, optimizer: optax.GradientTransformation, parser: Parser
 ) -> None:
-    """Trains from the last checkpoint to the end: what every process of a job does."""
+    """Trains from the last checkpoint to the end; every process of the job runs this."""
     check_batch(args.batch_size, jax.device_count(), parser)
     root = sysconfig.get_paths()["stdlib"]
     data, held_out = map(as_array, split_sources(read_sources(root, MAX_BYTES)))
@@ -179,7 +180,7 @@ def train(
     say(
         f"{jax.process_count()} processes, {jax.device_count()} {jax.default_backend()} devices, "
         f"{args.strategy}: {bytes_a_device(abstract.params):,} bytes of parameters and "
-        f"{bytes_a_device(abstract.state):,} of state a device"
+        f"{bytes_a_device(abstract.state):,} of state per device"
     )
     flags = {name: value for name, value in vars(args).items() if name not in CHANGING}
     with checkpoints.opened(args.output) as folder:
@@ -196,7 +197,7 @@ def train(
 
 
 def check_loss(loss: jax.Array, steps: int, parser: Parser) -> None:
-    """Ends the program if a loss, after so many steps, is not finite."""
+    """Ends the program if the loss after some number of steps is not finite."""
     if not math.isfinite(loss):
         parser.fail(
             f"diverged after {steps} steps; try another --learning-rate, with another --output"
@@ -218,10 +219,10 @@ def join(
     """Trains as one process of a job, and ends this process."""
     if args.launched:
         launcher.end_with_launcher()
-    # Gloo prints its connections to stdout, which is for results.
+    # Gloo prints its connections to stdout, which is reserved for results.
     sys.stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    # Else JAX catches SIGTERM, and waits for a program that asks whether it came.
+    # Otherwise JAX catches SIGTERM and waits for the program to poll for it.
     jax.config.update("jax_enable_preemption_service", False)
     if args.devices:
         jax.config.update("jax_platforms", "cpu")
@@ -231,7 +232,7 @@ def join(
             args.coordinator,
             args.processes,
             args.process,
-            # Else process 0 listens on all interfaces.
+            # By default process 0 would listen on all interfaces.
             coordinator_bind_address=args.coordinator if args.launched else None,
             initialization_timeout=PATIENCE,
             heartbeat_timeout_seconds=HEARTBEAT,
@@ -247,19 +248,19 @@ def join(
     except jax.errors.JaxRuntimeError as error:
         (first, *_) = str(error).splitlines()
         name = f"process {args.process} of {args.processes}"
-        sys.stderr.write(f"{parser.prog}: error: {name}: {first}; {GOES_ON}\n")
+        sys.stderr.write(f"{parser.prog}: error: {name}: {first}; {TO_RESUME}\n")
         status = launcher.LOST
     except Exception:
         traceback.print_exc()
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit, after which JAX waits for processes that may wait for this one.
+    # After sys.exit, JAX would wait for processes that may in turn wait for this one.
     os._exit(status)
 
 
 def launch(argv: Sequence[str], processes: int, parser: Parser) -> int:
-    """Starts all processes of a job on this machine and returns when they have ended."""
+    """Starts all processes of a job on this machine, and returns when they have ended."""
     launcher.stop_on_signals()
     address = f"127.0.0.1:{launcher.free_port()}"
     command = [sys.executable, __file__, *argv, "--launched", "--coordinator", address]
@@ -267,10 +268,10 @@ def launch(argv: Sequence[str], processes: int, parser: Parser) -> int:
         end = launcher.launch([[*command, "--process", str(i)] for i in range(processes)])
     except launcher.Stopped as stopped:
         (number,) = stopped.args
-        parser.fail(f"stopped by {number.name}; {GOES_ON}", 128 + number)
+        parser.fail(f"stopped by {number.name}; {TO_RESUME}", 128 + number)
     sys.stderr.write(end.log)
     if end.reason:
-        parser.fail(f"{end.reason}; {GOES_ON}" if end.is_lost else end.reason, end.status)
+        parser.fail(f"{end.reason}; {TO_RESUME}" if end.is_lost else end.reason, end.status)
     return 0
 
 
@@ -284,10 +285,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_low_precision()
     add = parser.add_argument
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of parameters, too")
-    add("--steps", type=integer_in(1, 10**6), default=60, help="in all")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the model",
+    )
+    add("--steps", type=integer_in(1, 10**6), default=60, help="in total")
     add("--save-every", type=integer_in(1, 10**6), default=20, help="steps")
-    add("--batch-size", type=integer_in(1, 4096), default=16, help="windows a step, in all")
+    add("--batch-size", type=integer_in(1, 4096), default=16, help="windows per step, in total")
     add("--strategy", choices=("data", "fsdp", "zero1"), default="zero1", help="what is sharded")
     add("--processes", type=integer_in(1, 64), default=2, help="of the job")
     add(
@@ -302,13 +308,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if (args.coordinator is None) != (args.process is None):
-        parser.error("argument --process: goes with --coordinator, and that with it")
+        parser.error("argument --process: pass it together with --coordinator, or neither")
     if args.process is not None and args.process >= args.processes:
         parser.error(f"argument --process: must be below --processes, got {args.process}")
     if args.devices:
         check_batch(args.batch_size, args.processes * args.devices, parser)
     elif args.coordinator is None:
-        parser.error("argument --devices: 0 only with --coordinator")
+        parser.error("argument --devices: 0 is allowed only with --coordinator")
     parser.folder(args.output)
     optimizer = optimizer_of(args, parser)
     if args.coordinator is None:

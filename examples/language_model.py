@@ -1,9 +1,9 @@
 """Train a small language model on the source code of Python's standard library.
 
-A byte-level transformer in Flax NNX learns to predict the next byte of the `.py` files that every
-Python brings along, so there is nothing to download. It shows AdamaxW with a learning rate
-schedule, with weight decay on the matrices only, and behind gradient clipping, and logs what the
-optimizer does. Run::
+A byte-level transformer in Flax NNX learns to predict the next byte of the `.py` files that come
+with Python, so there is nothing to download. It shows AdamaxW with a learning rate schedule, with
+weight decay on the matrices only and after gradient clipping, and logs diagnostics of the optimizer.
+Run::
 
     python examples/language_model.py
     python examples/language_model.py --optimizer optax.adamw --learning-rate 0.006
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from command_line import OPTIMIZERS, Parser, bytes_a_parameter, integer_in
+from command_line import OPTIMIZERS, Parser, bytes_per_parameter, integer_in
 from flax import nnx
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -32,7 +32,7 @@ from rich.table import Table
 
 import adamaxw
 
-# Tests and tables of data read unlike the rest of the library; the others are not part of it.
+# Tests and data tables are unlike the rest of the library; the other folders do not belong to it.
 SKIPPED = {
     "__pycache__",
     "dist-packages",
@@ -58,10 +58,10 @@ class Split(NamedTuple):
 
 
 class History(NamedTuple):
-    """Losses in nats per byte, held out with the steps done before, and seconds of each step.
+    """Losses in nats per byte, and seconds per step.
 
-    The diagnostics are those of the last step before each held-out loss but the first; none for
-    the optimizers of Optax.
+    Held-out losses come with the number of steps done. Diagnostics are of the last step before each
+    held-out loss but the first; there are none for Optax's optimizers.
     """
 
     train: list[float]
@@ -71,7 +71,7 @@ class History(NamedTuple):
 
 
 def read_sources(root: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> dict[str, bytes]:
-    """Reads the `.py` files below `root` in a fixed order, `max_bytes` of them at most, by path."""
+    """Reads `.py` files below `root` in a fixed order, up to `max_bytes` in total, by path."""
     sources: dict[str, bytes] = {}
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(set(folders) - SKIPPED)
@@ -96,18 +96,18 @@ def split_sources(sources: dict[str, bytes]) -> Split:
 
 
 def as_array(sources: dict[str, bytes]) -> np.ndarray:
-    """The bytes of all files, one after the other, as uint8."""
+    """The concatenated bytes of all files, as uint8."""
     return np.frombuffer(b"".join(sources.values()), np.uint8)
 
 
 def sample_windows(rng: np.random.Generator, data: np.ndarray, count: int, length: int) -> Any:
-    """Draws `count` windows of `length` successive bytes: int32, (count, length)."""
+    """Draws `count` windows of `length` consecutive bytes: int32, (count, length)."""
     starts = rng.integers(len(data) - length + 1, size=(count, 1))
     return data[starts + np.arange(length)].astype(np.int32)
 
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Softmax attention to the current and earlier positions; all (batch, length, heads, size)."""
+    """Softmax attention to current and earlier positions; shapes (batch, length, heads, size)."""
     # The softmax is float32 whatever the model's dtype.
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
     earlier = jnp.tri(q.shape[1], dtype=bool)
@@ -116,12 +116,12 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 class Block(nnx.Module):
-    """Causal self-attention and a feed-forward layer, each on its normalized input and added."""
+    """A pre-norm block: causal self-attention, then a feed-forward layer, both residual."""
 
     def __init__(self, width: int, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         heads = width // HEAD_SIZE
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
-        # LayerNorm computes in float32, also where its parameters do not.
+        # LayerNorm computes in float32, even with bfloat16 parameters.
         self.norm_1 = nnx.LayerNorm(width, **options | {"dtype": jnp.float32})
         self.qkv = nnx.LinearGeneral(width, (3, heads, HEAD_SIZE), use_bias=False, **options)
         self.project = nnx.LinearGeneral(
@@ -139,7 +139,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """A decoder: logits of each next byte from the bytes up to there."""
+    """A decoder: logits of each next byte from the bytes before it."""
 
     def __init__(
         self, width: int, layers: int, context: int, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
@@ -188,9 +188,9 @@ def train_step(
 
 
 def warmup_and_cosine(peak: float, steps: int) -> optax.Schedule:
-    """A tenth of the steps up to `peak`, then down to a tenth of it."""
+    """Linear warmup to `peak` over a tenth of the steps, then cosine decay to a tenth of it."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, steps // 10, steps, peak / 10)
-    # In float32, since this schedule is not written for integers under strict promotion.
+    # In float32, because this schedule does not support integers under strict promotion.
     return lambda count: schedule(jnp.asarray(count, jnp.float32))
 
 
@@ -204,11 +204,11 @@ def train(
     diagnose: bool,
     console: Console,
 ) -> History:
-    """Trains with a progress bar, until the end or until the loss is no longer finite."""
+    """Trains with a progress bar, to the end or until the loss is not finite."""
     rng = np.random.default_rng(seed)
     data = as_array(split.train)
     length = model.context + 1
-    # The same windows each time, and for each seed, so that runs compare.
+    # The same windows each time and for every seed, so that runs are comparable.
     count = max(1, HELD_OUT_BYTES // model.context)
     held_out = sample_windows(np.random.default_rng(0), as_array(split.held_out), count, length)
     state = nnx.Optimizer(model, optimizer, wrt=nnx.Param)
@@ -235,7 +235,7 @@ def train(
 
 
 def diagnostics_table(history: History) -> Table:
-    """What the optimizer did at each evaluation, beside the held-out loss."""
+    """The optimizer's diagnostics at each evaluation, with the held-out loss."""
     names = history.diagnostics[0]
     table = Table("step", "held out", *(name.replace("_", " ") for name in names))
     rows = zip(history.held_out[1:], history.diagnostics, strict=True)
@@ -245,7 +245,7 @@ def diagnostics_table(history: History) -> Table:
 
 
 def draw(path: Path, history: History, title: str) -> None:
-    """Writes a picture of the training loss, raw and smoothed, and of the held-out loss."""
+    """Plots the training loss, raw and smoothed, and the held-out loss."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     steps = np.arange(1, len(history.train) + 1)
@@ -269,12 +269,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         output="output/language_model",
     )
     parser.add_argument("--steps", type=integer_in(1, 10**6), default=900, help="updates")
-    parser.add_argument("--batch-size", type=integer_in(1, 4096), default=16, help="windows a step")
-    parser.add_argument("--context", type=integer_in(1, 4096), default=64, help="bytes a window")
-    parser.add_argument("--layers", type=integer_in(1, 64), default=2, help="of the transformer")
-    parser.add_argument("--heads", type=integer_in(1, 64), default=3, help=f"{HEAD_SIZE} wide each")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of parameters, too"
+        "--batch-size", type=integer_in(1, 4096), default=16, help="windows in a step"
+    )
+    parser.add_argument("--context", type=integer_in(1, 4096), default=64, help="bytes per window")
+    parser.add_argument("--layers", type=integer_in(1, 64), default=2, help="of the transformer")
+    parser.add_argument("--heads", type=integer_in(1, 64), default=3, help=f"of width {HEAD_SIZE}")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the model",
     )
     parser.add_low_precision()
     args = parser.parse_args(argv)
@@ -303,8 +308,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     number = sum(p.size for p in jax.tree.leaves(params))
     state = optimizer.init(params)
     console.print(
-        f"bytes a parameter: {bytes_a_parameter(params, number):.2f} for parameters, "
-        f"{bytes_a_parameter(state, number):.2f} for the optimizer's state"
+        f"bytes per parameter: {bytes_per_parameter(params, number):.2f} for parameters, "
+        f"{bytes_per_parameter(state, number):.2f} for the optimizer's state"
     )
     start = time.perf_counter()
     diagnose = args.optimizer == "adamaxw"
@@ -327,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     draw(picture, history, f"{args.optimizer}, learning rate {args.learning_rate:g}")
     console.out(
         f"{args.optimizer}, {args.dtype}: {args.steps} steps in {seconds:.1f} s, "
-        f"{speed:,.0f} tokens (bytes) a second; picture: {picture}"
+        f"{speed:,.0f} tokens (bytes) per second; picture: {picture}"
     )
     return 0
 

@@ -1,7 +1,7 @@
-"""Processes of one job on this machine: started together, ended together.
+"""The processes of one job on this machine: started together, ended together.
 
-What one of them suffers ends all, within seconds and with one reason, and nothing outlives the
-launcher: whatever kills it, SIGKILL included, closes a pipe that each of its processes watches.
+If one of them fails, all end within seconds, with one reason. None outlives the launcher: whatever
+kills it, SIGKILL included, closes a pipe that each process watches.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ import time
 from collections.abc import Sequence
 from typing import IO, Any, NamedTuple
 
-# Seconds for what follows from the first end of a process to show, so that the cause is named.
+# Seconds to wait after the first process has ended, so that the cause can be told from its effects.
 GRACE = 1.0
-LOST = 3  # the exit status of a process that has lost another
+LOST = 3  # exit status of a process that has lost contact with another
 ABORTED_BY_JAX = "JAX distributed service detected fatal errors"
 
 
@@ -27,9 +27,10 @@ class End(NamedTuple):
 
     Attributes:
         status: the exit status for the launcher.
-        reason: why it failed, in a line; empty if it did not.
-        is_lost: a process was killed, failed, or does not answer, without an error that it says.
-        log: what the process that is to blame wrote to stderr, where the reason does not say it.
+        reason: one line on why it failed; empty if it did not.
+        is_lost: whether a process was killed, crashed or stopped responding, without reporting an
+            error of its own.
+        log: stderr of the process at fault, if the reason does not say enough.
     """
 
     status: int
@@ -39,9 +40,9 @@ class End(NamedTuple):
 
 
 def launch(commands: Sequence[Sequence[str]]) -> End:
-    """Runs a command for each process, until all have ended well or one has failed.
+    """Runs a command for each process, until all have succeeded or one has failed.
 
-    Only the first has the stdout of the launcher. None is left when this returns or raises.
+    Only the first inherits the launcher's stdout. None is left when this returns or raises.
     """
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(tempfile.TemporaryFile()) for _ in commands]
@@ -56,7 +57,7 @@ def launch(commands: Sequence[Sequence[str]]) -> End:
                 stdin=watched,
                 stdout=subprocess.DEVNULL if i else None,
                 stderr=logs[i],
-                # Ctrl-C is for the launcher alone, which ends the others.
+                # Ctrl-C reaches the launcher alone, which ends the others.
                 start_new_session=True,
             )
             processes.append(process)
@@ -78,7 +79,7 @@ def _kill(processes: Sequence[subprocess.Popen[Any]]) -> None:
 
 
 def _end(statuses: Sequence[int | None], logs: Sequence[IO[bytes]]) -> End:
-    """The reason of a failure: the cause, and not what follows from it in other processes."""
+    """The reason of a failure: the cause, not its effects on other processes."""
     texts = [_text(log) for log in logs]
 
     def rank(i: int) -> int:
@@ -111,7 +112,7 @@ def _text(log: IO[bytes]) -> str:
 
 
 def end_with_launcher() -> None:
-    """Ends this process, started by `launch`, as soon as its launcher is gone."""
+    """Makes this process, started by `launch`, end as soon as its launcher is gone."""
 
     def watch() -> None:
         # Nothing is ever written: reading returns when the other end is closed.
@@ -122,7 +123,7 @@ def end_with_launcher() -> None:
 
 
 def stop_on_signals() -> None:
-    """Makes SIGINT, SIGTERM and SIGHUP raise `Stopped`, but for those ignored, as under nohup."""
+    """Makes SIGINT, SIGTERM and SIGHUP raise `Stopped`, unless ignored, as under nohup."""
 
     def stop(number: int, _: Any) -> None:
         raise Stopped(signal.Signals(number))
@@ -133,11 +134,11 @@ def stop_on_signals() -> None:
 
 
 class Stopped(BaseException):
-    """A signal that asks to end; its argument says which."""
+    """A signal asked the program to end; the argument is the signal."""
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nothing listens on."""
+    """A port of the loopback interface that is free."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

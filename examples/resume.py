@@ -1,13 +1,13 @@
-"""Training that goes on where it was stopped, however it was stopped, to the same last bit.
+"""Training that can be killed at any moment and resumed without losing a bit.
 
-A classifier of the 8x8 digits of scikit-learn, with bfloat16 parameters and 2 bytes of state a
-parameter. Orbax saves every few steps. The same command again goes on from the last complete
-checkpoint, also after `kill -9` in the middle of saving, and ends with the parameters of a run that
-nothing stopped. Start it, stop it at any moment, and start it again::
+A classifier of scikit-learn's 8x8 digits, with bfloat16 parameters and 2 bytes of state per
+parameter. Orbax saves a checkpoint every few steps. The same command resumes from the last complete
+one, even after `kill -9` in the middle of saving, and ends with the parameters of an uninterrupted
+run. Start it, stop it at any moment, and start it again::
 
     python examples/resume.py
 
-The folder is for one run: others in it with numbers for names are taken for its checkpoints.
+The output folder belongs to one run: any folder in it named by a number is taken for a checkpoint.
 """
 
 import math
@@ -29,12 +29,12 @@ BATCH = 64
 
 
 class Run(NamedTuple):
-    """All that a later step depends on, besides the flags: what is saved.
+    """What is saved: everything that later steps depend on, besides the flags.
 
     Attributes:
         params: the parameters.
-        state: that of the optimizer. The count of steps is in it, and the noise of its rounding is
-            a function of that count: no key has to be saved.
+        state: the optimizer's state. It counts the steps, and the noise of its rounding is a
+            function of that count, so no key has to be saved.
     """
 
     params: Any
@@ -61,7 +61,7 @@ def loss(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def batch_of(data: Any, key: jax.Array, step: Any) -> Any:
-    """The minibatch of a step: a function of the step, so that no place in the data is saved."""
+    """The minibatch of a step, a function of the step alone: no position in the data is saved."""
     size = len(data[0])
     steps = size // BATCH
     order = jax.random.permutation(jax.random.fold_in(key, step // steps), size)
@@ -69,10 +69,10 @@ def batch_of(data: Any, key: jax.Array, step: Any) -> Any:
     return jax.tree.map(lambda x: x[chosen], data)
 
 
-# Donated: parameters and state are updated where they are. What Orbax saves, it has copied.
+# Donated, so that parameters and state are updated in place. Orbax copies before it saves.
 @partial(jax.jit, static_argnames="optimizer", donate_argnames="run")
 def train_step(run: Run, optimizer: Any, data: Any, key: jax.Array, step: Any) -> Run:
-    """One update, on the minibatch of the step; 0 is the first."""
+    """One update, on the minibatch of the step, counted from 0."""
     grads = jax.grad(loss)(run.params, *batch_of(data, key, step))
     updates, state = optimizer.update(grads, run.state, run.params)
     return Run(optax.apply_updates(run.params, updates), state)
@@ -81,14 +81,14 @@ def train_step(run: Run, optimizer: Any, data: Any, key: jax.Array, step: Any) -
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains from the last checkpoint to the end; returns the exit status."""
     parser = Parser(
-        "Training that goes on where it was stopped.",
+        "Training that can be killed and resumed.",
         learning_rate=0.003,
         weight_decay=0.01,
         output="output/resume",
     )
     parser.add_low_precision()
     parser.set_defaults(moments="uint8", rounding="stochastic")
-    parser.add_argument("--steps", type=integer_in(1, 10**6), default=2000, help="in all")
+    parser.add_argument("--steps", type=integer_in(1, 10**6), default=2000, help="in total")
     parser.add_argument("--save-every", type=integer_in(1, 10**6), default=100, help="steps")
     args = parser.parse_args(argv)
     parser.folder(args.output)
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         mask=adamaxw.masks.matrices,
         **parser.low_precision(args),
     )
-    # What steps depend on. Other flags may change from one start to the next.
+    # Steps depend on all flags but these, which may change from one start to the next.
     changing = ("steps", "save_every", "output")
     flags = {name: value for name, value in vars(args).items() if name not in changing}
 

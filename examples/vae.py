@@ -43,12 +43,12 @@ class NegativeELBO(NamedTuple):
 
     @property
     def total(self) -> Any:
-        """The bound: -log p(image) is no more than this."""
+        """An upper bound of -log p(image)."""
         return self.reconstruction + self.kl
 
 
 class VAE(eqx.Module):
-    """An encoder to a diagonal Gaussian q(z | image) and a decoder to one logit a pixel."""
+    """An encoder to a diagonal Gaussian q(z | image), and a decoder to one logit per pixel."""
 
     encoder: eqx.nn.MLP
     decoder: eqx.nn.MLP
@@ -71,9 +71,9 @@ class VAE(eqx.Module):
         mean, log_std = self.encode(images)
         z = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
         logits = jax.vmap(self.decoder)(z)
-        # A pixel counts the inked ones of 16 dots in a finer scan. The binomial is a distribution
-        # over just these counts, so this bounds -log p(image); the usual cross-entropy of
-        # pixel / 16 is the negative log-likelihood of no distribution over them.
+        # A pixel counts how many of 16 dots of a finer scan are inked. The binomial is a
+        # distribution over these counts, so this bounds -log p(image); the usual cross-entropy of
+        # pixel / 16 is not the negative log-likelihood of any distribution over them.
         log_likelihood = (
             jnp.asarray(LOG_BINOMIAL)[images]
             + images.astype(jnp.float32) * logits
@@ -97,8 +97,8 @@ def train_step(
 def train_epoch(
     model: VAE, state: Any, optimizer: Any, batches: jax.Array, key: jax.Array
 ) -> tuple[VAE, Any, jax.Array]:
-    """One update on each of the batches, shape (steps, batch, 64); returns the mean loss too."""
-    # A scan carries arrays alone, and a module also holds functions.
+    """One update per batch, for batches of shape (steps, batch, 64); also returns the mean loss."""
+    # A scan can only carry arrays, but a module also holds functions.
     arrays, static = eqx.partition(model, eqx.is_array)
 
     def step(carry: Any, batch: Any) -> tuple[Any, jax.Array]:
@@ -114,7 +114,7 @@ def train_epoch(
 def digits() -> tuple[jax.Array, jax.Array]:
     """Training and held-out images, int32 of shape (images, 64) with values 0 to 16."""
     images, labels = load_digits(return_X_y=True)
-    # The split does not depend on --seed, so that runs with different seeds compare.
+    # The split does not depend on --seed, so that runs are comparable.
     split = train_test_split(images, test_size=360, stratify=labels, random_state=0)
     train_images, held_out = (jnp.asarray(part, jnp.int32) for part in split)
     return train_images, held_out
@@ -129,20 +129,20 @@ def train(
     batch_size: int,
     key: jax.Array,
 ) -> tuple[VAE, list[float], list[NegativeELBO]]:
-    """Trains until the end, or until the held-out bound is no longer finite.
+    """Trains to the end, or until the held-out bound is not finite.
 
     Returns:
-        The model, the mean loss of each epoch, and the held-out bounds, before training and after
-        each epoch.
+        The model, the mean loss per epoch, and the held-out bounds before training and after each
+        epoch.
     """
     state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
     order_key, noise_key, held_out_key = jax.random.split(key, 3)
-    # The same noise every time, so that the curve shows changes of the model alone.
+    # The same noise every time, so that the curve shows changes of the model only.
     bounds = [model.negative_elbo(held_out, held_out_key)]
     losses = []
     for epoch in track(range(epochs), "Training"):
         order = jax.random.permutation(jax.random.fold_in(order_key, epoch), len(images))
-        # The last batch is left out where it is not full.
+        # A last batch that is not full is left out.
         order = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)
         epoch_key = jax.random.fold_in(noise_key, epoch)
         model, state, loss = train_epoch(model, state, optimizer, images[order], epoch_key)
@@ -155,14 +155,14 @@ def train(
 
 @eqx.filter_jit
 def reconstruct_and_sample(model: VAE, images: jax.Array, key: jax.Array) -> jax.Array:
-    """Mean pixels from the images' codes and from as many codes of the prior: (2, images, 64)."""
+    """Mean pixels from codes of the images, and of the prior: (2, images, 64)."""
     codes, _ = model.encode(images)
     codes = jnp.stack([codes, jax.random.normal(key, codes.shape)])
     return TRIALS * jax.nn.sigmoid(jax.vmap(jax.vmap(model.decoder))(codes))
 
 
 def draw_images(axes: Any, title: str, images: Any) -> Any:
-    """Shows 64 images in 8 rows with margins between; returns what a colour bar needs."""
+    """Shows 64 images in 8 rows with margins; returns the mappable for a colour bar."""
     tiles = np.pad(images.reshape(8, 8, 8, 8), ((0, 0), (0, 0), (1, 1), (1, 1)))
     axes.set(title=title, xticks=[], yticks=[])
     picture = tiles.transpose(0, 2, 1, 3).reshape(80, 80)
@@ -170,7 +170,7 @@ def draw_images(axes: Any, title: str, images: Any) -> Any:
 
 
 def draw(path: Path, panels: dict[str, Any], losses: list[float], bounds: list[float]) -> None:
-    """Writes a picture of the images in `panels`, by title, and of the course of training."""
+    """Plots the images in `panels`, by title, and the training curves."""
     figure = Figure(figsize=(12, 7.5), layout="constrained")
     axes = figure.subplot_mosaic([[*panels], ["curves"] * len(panels)], height_ratios=[3, 2])
     curves = axes.pop("curves")
@@ -193,7 +193,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         output="output/vae",
     )
     parser.add_argument("--epochs", type=integer_in(1, 10**6), default=100, help="over the digits")
-    parser.add_argument("--batch-size", type=integer_in(1, 1437), default=64, help="digits a step")
+    parser.add_argument(
+        "--batch-size", type=integer_in(1, 1437), default=64, help="digits in a step"
+    )
     parser.add_argument("--latent", type=integer_in(1, PIXELS), default=12, help="size of a code")
     args = parser.parse_args(argv)
     parser.folder(args.output)
