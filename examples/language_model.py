@@ -2,7 +2,7 @@
 
 A byte-level transformer in Flax NNX learns to predict the next byte of the `.py` files that come
 with Python, so there is nothing to download. It shows AdamaxW with a learning rate schedule, with
-weight decay on the matrices only and after gradient clipping, and logs diagnostics of the optimizer.
+weight decay on the matrices only and after gradient clipping, and logs the optimizer's diagnostics.
 Run::
 
     python examples/language_model.py

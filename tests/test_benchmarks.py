@@ -32,21 +32,8 @@ def test_trees_have_the_stated_sizes():
     assert trees.count(first) == trees.count(last)
     assert ((64, 3, 7, 7) in last.values(), (7, 7, 3, 64) in first.values()) == (True, True)
     assert trees.count(trees.shapes("leaf-1e9")) == 10**9
-
-
-@pytest.mark.parametrize("name", ["gpt-2", "leaf-0", "leaf-many"])
-def test_unknown_tree_is_refused_by_name(name):
-    with pytest.raises(ValueError, match=name):
-        trees.shapes(name)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_data_are_reproducible_and_differ_between_sets(dtype):
-    data = trees.Data(TINY, dtype)
-    for name, value in data.gradients(0):
-        assert (value.shape, value.dtype) == (TINY[name], dtype)
-        np.testing.assert_array_equal(value, dict(data.gradients(0))[name])
-        assert np.any(value != dict(data.gradients(1))[name])
+    with pytest.raises(ValueError, match="gpt-5"):
+        trees.shapes("gpt-5")
 
 
 def expected(rule, data):
@@ -112,13 +99,6 @@ def test_each_contender_does_the_work_it_says(name):
     assert runner.state_bytes() == pytest.approx(size, abs=24 + 8 * len(TINY))
 
 
-def test_float32_tolerance_tells_decay_from_none_and_from_l2():
-    data = trees.Data(TINY, scale=0.05)
-    decoupled, coupled = expected("adamaxw", data), expected("L2", data)
-    gap = max(np.max(np.abs(decoupled[name] - coupled[name])) for name in TINY)
-    assert gap > 10 * tolerance("adamaxw float32, moments float32")
-
-
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(
     ("room", "mode"),
@@ -139,16 +119,6 @@ def test_a_step_is_measured_in_pairs_in_turn_or_not_at_all(monkeypatch, room, mo
         json.dumps(row)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("standard_promotion")
-def test_eager_and_compile_give_their_figures():
-    chosen = contenders.CONTENDERS["adamaxw float32, moments float32"]
-    (eager,) = measure.eager(TINY, [chosen], budget=0.1, rounds=5)
-    assert eager["ratio"]["median"] > 0
-    (cold,) = measure.compile_times(TINY, [chosen])
-    assert set(cold) == {"contender", "trace", "compile"}
-
-
 def row(tree, contender, run="1"):
     return {"run": run, "tree": tree, "contender": contender}
 
@@ -158,38 +128,23 @@ def test_merging_keeps_other_rows_and_drops_unused_runs(tmp_path):
     first = results.add_run(found, {"command": "first"})
     results.merge(found, "step", [row("a", "x", first), row("a", "y", first)])
     second = results.add_run(found, {"command": "second"})
-    results.merge(found, "step", [row("a", "y", second), row("b", "x", second)])
-    assert found["step"] == [row("a", "x", "1"), row("a", "y", "2"), row("b", "x", "2")]
+    results.merge(found, "step", [row("a", "y", second)])
+    assert found["step"] == [row("a", "x", "1"), row("a", "y", "2")]
     results.merge(found, "step", [row("a", "x", second)])
     assert list(found["runs"]) == ["2"]
     results.write(tmp_path / "saved.json", found)
     assert results.load(tmp_path / "saved.json") == found
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--trees", "gpt-5"], "gpt-5"),
-        (["--contenders", "lion"], "lion"),
-        (["--rounds", "1"], "--rounds"),
-        (["--sections", "growth", "--trees", "resnet-50"], "nothing to measure"),
-    ],
-)
-def test_speed_refuses_unknown_names(flags, words, capsys):
-    with pytest.raises(SystemExit):
-        speed.main(flags)
-    assert words in capsys.readouterr().err
-
-
-def test_jobs_are_the_plan_or_what_is_asked_for():
+def test_jobs_are_the_plan_or_what_is_asked_for(capsys):
     jobs = speed.parse(["--sections", "eager", "step", "--trees", "leaf-10"]).jobs
-    assert [(section, tree) for section, tree, _ in jobs] == [
-        ("eager", "leaf-10"),
-        ("step", "leaf-10"),
-    ]
+    assert [job[:2] for job in jobs] == [("eager", "leaf-10"), ("step", "leaf-10")]
     assert all(contenders.CONTENDERS[name].eager for name in jobs[0][2])
     jobs = speed.parse(["--contenders", "keras", "--sections", "step"]).jobs
     assert [names for *_, names in jobs] == [["keras.optimizers.Adamax"]] * len(speed.PLAN["step"])
+    with pytest.raises(SystemExit):
+        speed.main(["--contenders", "lion"])
+    assert "lion" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -216,12 +171,6 @@ def test_pages_are_those_of_the_committed_results():
     pages = "".join(path.read_text(encoding="utf-8") for path in texts)
     for table in (report.summary(found), report.extremes(found)):
         assert pages.count(table[0]) == pages.count("\n".join(table))
-
-
-def test_page_says_what_was_skipped():
-    found = results.load(speed.OUTPUT)
-    found["step"][1] = {**row("resnet-50", "optax.adamw"), "skipped": "not installed"}
-    assert "Skipped: optax.adamw: not installed." in report.page(found)
 
 
 HLO = """HloModule jit_step

@@ -1,0 +1,259 @@
+"""The examples in one process: each trains, resumes where it can, and reports errors in a line."""
+
+import gc
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import checkpoints
+import distributed
+import jax
+import jax.numpy as jnp
+import kills
+import language_model
+import matplotlib.image
+import numpy as np
+import pytest
+import resume
+import scipy.integrate
+import scipy.special
+import scipy.stats
+import vae
+from command_lines import one_line_error
+
+_SMALL = ["--layers", "1", "--heads", "1", "--context", "16", "--batch-size", "32"]
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+
+@pytest.mark.parametrize(
+    ("main", "flags", "named"),
+    [
+        (language_model.main, ["--steps", "0"], "--steps"),
+        (language_model.main, ["--learning-rate", "nan"], "--learning-rate"),
+        (language_model.main, ["--optimizer", "optax.adamw", "--rounding", "exact"], "--rounding"),
+        (language_model.main, ["--unknown"], "--unknown"),
+        (vae.main, ["--batch-size", "1438"], "--batch-size"),
+        (vae.main, ["--output", __file__], "--output"),
+        (resume.main, ["--save-every", "0"], "--save-every"),
+        (distributed.main, ["--batch-size", "12"], "divisible by the number of devices, 8"),
+        (distributed.main, ["--devices", "0"], "--devices: 0 is allowed only with --coordinator"),
+        (distributed.main, ["--process", "0"], "--process: pass it together with --coordinator"),
+        (distributed.main, ["--coordinator", "host:1", "--process", "2"], "--process: must be"),
+    ],
+)
+def test_refuses_bad_flags(main, flags, named, tmp_path, monkeypatch, capsys):
+    """Exit status 2, and one line on stderr that names the flag."""
+    monkeypatch.chdir(tmp_path)
+    status, printed, line = one_line_error(main, flags, capsys)
+    assert (status, printed) == (2, "")
+    assert named in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "sizes"),
+    [
+        (["--dtype", "bfloat16", "--moments", "uint8", "--rounding", "stochastic"], (2.0, 2.0)),
+        pytest.param(["--optimizer", "optax.adamw"], (4.0, 8.0), marks=pytest.mark.slow),
+        pytest.param(["--moments", "bfloat16"], (4.0, 4.0), marks=pytest.mark.slow),
+    ],
+)
+def test_language_model_trains(flags, sizes, tmp_path, capsys):
+    """In a few steps the loss falls clearly; the bytes printed are those of the arrays."""
+    # Optax raises a float to an int32 power, which strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"):
+        flags = [*_SMALL, *flags, "--steps", "40", "--output", str(tmp_path)]
+        assert language_model.main(flags) == 0
+    printed, errors = capsys.readouterr()
+    before, after = map(float, re.findall(r"(?:before|after) training\D+([\d.]+)", printed))
+    assert before == pytest.approx(np.log(256), abs=0.1)
+    assert after < 4.0
+    assert ("floor" in printed) == ("optax.adamw" not in flags)  # a diagnostic
+    assert errors == ""
+    found = re.search(r"([\d.]+) for parameters, ([\d.]+) for the optimizer's state", printed)
+    assert tuple(map(float, found.groups())) == pytest.approx(sizes, abs=0.011)
+    assert matplotlib.image.imread(tmp_path / "loss.png", "png").shape[:2] == (600, 960)
+
+
+def test_files_are_read_in_a_fixed_order_and_held_out_whole(tmp_path):
+    for i in range(30):
+        (tmp_path / f"{i:02}.py").write_bytes(bytes([i] * 100))
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "skipped.py").write_bytes(b"x")
+    sources = language_model.read_sources(tmp_path, max_bytes=2500)
+    assert list(sources) == [f"{i:02}.py" for i in range(25)]
+    split = language_model.split_sources(sources)
+    assert set(split.held_out) == {"09.py", "19.py"}
+    assert set(split.train) == set(sources) - set(split.held_out)
+    data = language_model.as_array(split.held_out)
+    windows = language_model.sample_windows(np.random.default_rng(0), data, 50, 10)
+    text = data.tobytes()
+    assert all(bytes(window.astype(np.uint8)) in text for window in windows)
+
+
+def test_divergence_is_an_error(tmp_path, capsys, monkeypatch):
+    """Exit status 1, one line on stderr and no picture."""
+    bounds = [vae.NegativeELBO(500.0, 0.1), vae.NegativeELBO(math.nan, 0.1)]
+    monkeypatch.setattr(vae, "train", lambda model, *args: (model, [math.nan], bounds))
+    status, _, line = one_line_error(vae.main, ["--output", str(tmp_path)], capsys)
+    assert status == 1
+    assert "diverged in epoch 1; try another --learning-rate" in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["adamaxw", pytest.param("optax.adamw", marks=pytest.mark.slow)]
+)
+def test_vae_trains(optimizer, tmp_path, capsys):
+    """A few epochs cut the held-out negative ELBO by more than half."""
+    with jax.numpy_dtype_promotion("standard"):
+        assert vae.main(["--optimizer", optimizer, "--epochs", "6", "--output", str(tmp_path)]) == 0
+    printed, errors = capsys.readouterr()
+    rows = re.findall(r"(?:before|after) training(.*)", printed)
+    before, after = ([float(x) for x in re.findall(r"\d+\.\d+", row)] for row in rows)
+    for total, reconstruction, kl in (before, after):
+        assert total == pytest.approx(reconstruction + kl, abs=0.02)
+    assert after[0] < 0.5 * before[0]
+    assert after[2] > 5  # nats: the code carries information about the image
+    assert errors == ""
+    assert matplotlib.image.imread(tmp_path / "vae.png", "png").shape[:2] == (750, 1200)
+
+
+def test_negative_elbo():
+    """Reconstruction and KL agree with SciPy's binomial, and with the integral over the code."""
+    model, images, key = vae.VAE(12, jax.random.key(0)), vae.digits()[1], jax.random.key(1)
+    bound = model.negative_elbo(images, key)
+    mean, log_std = model.encode(images)
+    z = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
+    probabilities = scipy.special.expit(np.asarray(jax.vmap(model.decoder)(z), np.float64))
+    log_likelihood = scipy.stats.binom.logpmf(np.asarray(images), 16, probabilities)
+    np.testing.assert_allclose(bound.reconstruction, -log_likelihood.sum() / len(images), rtol=1e-5)
+    mean, std = np.asarray(mean)[..., None], np.exp(np.asarray(log_std))[..., None]
+    codes = mean + std * np.linspace(-10, 10, 2001)
+    log_q = scipy.stats.norm.logpdf(codes, mean, std)
+    integrand = np.exp(log_q) * (log_q - scipy.stats.norm.logpdf(codes))
+    kl = scipy.integrate.trapezoid(integrand, codes, axis=-1)
+    np.testing.assert_allclose(bound.kl, kl.sum() / len(images), rtol=1e-4)
+
+
+def _resume(folder, *flags):
+    with jax.numpy_dtype_promotion("standard"):
+        return resume.main(["--output", str(folder), "--save-every", "5", *flags])
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with checkpoints of the steps 5 and 10."""
+    folder = tmp_path_factory.mktemp("saved")
+    _resume(folder, "--steps", "10")
+    return folder
+
+
+def test_stopped_and_resumed(saved, tmp_path, capsys):
+    """Ends with the bits of an uninterrupted run; the last three checkpoints stay."""
+    assert _resume(tmp_path / "whole", "--steps", "20") == 0
+    *_, whole = capsys.readouterr().out.splitlines()
+    shutil.copytree(saved, tmp_path / "parts")
+    assert _resume(tmp_path / "parts", "--steps", "20") == 0
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first == "resuming from step 10"
+    assert last == whole
+    assert re.fullmatch(r"loss \d\.\d{4}, checksum [0-9a-f]{16}", last)
+    assert {path.name for path in (tmp_path / "parts").iterdir()} == {"10", "15", "20"}
+
+
+def _damaged(checkpoint, change):
+    """Changes the data of an array, the largest file."""
+    file = max(checkpoint.rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+    file.write_bytes(change(file.read_bytes()))
+
+
+def _flip_a_bit(checkpoint):
+    _damaged(checkpoint, lambda x: x[:999] + bytes([x[999] ^ 4]) + x[1000:])
+
+
+def _cut_short(checkpoint):
+    _damaged(checkpoint, lambda content: content[: len(content) // 2])
+
+
+def _renamed(checkpoint):
+    shutil.rmtree(checkpoint)
+    shutil.copytree(checkpoint.with_name("5"), checkpoint)
+
+
+# Orbax waits only for the first read that fails; the others complain when they are collected.
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine .* was never awaited"
+)
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (_flip_a_bit, "its checksum differs"),
+        pytest.param(_cut_short, r"\w+", marks=pytest.mark.slow),
+        pytest.param(_renamed, "it was saved as step 5", marks=pytest.mark.slow),
+    ],
+)
+def test_a_damaged_checkpoint_is_an_error(damage, why, saved, tmp_path, capsys):
+    """It names the checkpoint; once that is moved away, the run resumes from the one before."""
+    folder = tmp_path / "run"
+    shutil.copytree(saved, folder)
+    damage(folder / "10")
+    status, printed, line = one_line_error(
+        lambda flags: _resume(folder, *flags), ["--steps", "10"], capsys
+    )
+    assert (status, printed) == (1, "")
+    named = re.escape(str(folder / "10"))
+    assert re.search(rf"{named} is damaged or cannot be read \({why}\): move it away", line)
+    shutil.move(folder / "10", tmp_path / "away")
+    assert _resume(folder, "--steps", "10") == 0
+    assert capsys.readouterr().out.startswith("resuming from step 5\nsaved step 10\n")
+    gc.collect()
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "said"),
+    [
+        (["--rounding", "exact"], 1, "--moments uint8 --rounding stochastic: pass the same"),
+        (["--steps", "9"], 2, "is at step 10 already"),
+    ],
+)
+def test_flags_that_do_not_fit_the_checkpoint(flags, status, said, saved, capsys):
+    """One line says what it was saved with."""
+    found, printed, line = one_line_error(lambda flags: _resume(saved, *flags), flags, capsys)
+    assert (found, printed) == (status, "")
+    assert said in line
+
+
+def test_checksum_tells_what_orbax_casts():
+    """Equal values in another dtype, or under another name, are not the same."""
+    tree = {"a": np.arange(3, dtype=np.uint8)}
+    others = [{"a": np.arange(3, dtype=np.int8)}, {"b": tree["a"]}, {"a": tree["a"][:, None]}]
+    sums = {checkpoints.checksum(other) for other in (tree, *others)}
+    assert len(sums) == 4
+    assert checkpoints.checksum({"a": tree["a"].copy()}) in sums
+
+
+@pytest.mark.slow
+def test_killed_at_random_it_ends_as_if_uninterrupted(tmp_path, monkeypatch):
+    """Each start resumes from the last saved step or a later one; the last bit is the same."""
+    # Each start but the first finds its programs compiled.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    folders = [tmp_path / name for name in ("undisturbed", "killed")]
+    for folder in folders:
+        folder.mkdir()
+    end = kills.undisturbed(folders[0], 300)
+    seed = np.random.SeedSequence().entropy % 2**32
+    # No start ends before a kill at a random moment falls.
+    program = kills.RESUME._replace(start_up=1.5)
+    survival = kills.killed(folders[1], 2, seed, 300, program)
+    assert kills.losses(survival, end) == [], f"with the seed {seed}: {survival}"
+    assert survival.kills > 0, f"with the seed {seed}"
+
+
+def test_the_page_says_what_was_measured():
+    totals = json.loads(kills.RESULTS.read_text())["totals"]
+    page = Path(__file__).parents[1] / "docs" / "checkpoints.md"
+    assert f"\n{kills.summary(totals)}\n" in page.read_text(encoding="utf-8")
