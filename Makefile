@@ -30,7 +30,7 @@ figures: $(VENV)/.installed
 
 # The tests of the package under the lower bounds of its dependencies, where Flax warns.
 lowest: .venv-lowest/.installed
-	.venv-lowest/bin/python -m pytest -n auto tests src --ignore-glob='*test_example_*' \
+	.venv-lowest/bin/python -m pytest -n auto tests src --ignore-glob='*test_example*' \
 	  --ignore-glob='*multiprocess_job*' \
 	  -W 'ignore:jax.array_ref:DeprecationWarning' -W 'ignore:jax.ArrayRef:DeprecationWarning'
 
