@@ -1,14 +1,15 @@
-"""The step compiled for TPUs and GPUs that are not there, and what the compilers made of it.
+"""The step compiled for TPUs and GPUs that need not be there.
 
-Every format and rounding, on one leaf and on trees of models, for each chip: nothing runs, and no
-chip is needed. The same versions give the same programs; only times differ between runs. Needs an
-environment of its own, which `make accelerators` makes. Run it with
+Compiles every format and rounding, on one leaf and on trees of models, for each chip. Nothing runs.
+The same versions give the same programs; only compile times differ. It needs an environment of its
+own, which `make accelerators` creates. Run it with
 
-    python benchmarks/accelerators.py             # hours; results/accelerators.json and the page
-    python benchmarks/accelerators.py --check     # one leaf; fails where a target is missed
+    python benchmarks/accelerators.py             # hours; writes results/accelerators.json
+    python benchmarks/accelerators.py --check     # one leaf; fails if a target is missed
 
-Each job is a process of its own with ten minutes, and the file is written after each: a run that
-was stopped goes on where it was, as long as the package and the versions are the same.
+Each job runs in a process of its own, for ten minutes at most, and the file is written after each
+job. An interrupted run can be resumed as long as the package and the versions are the same; if they
+have changed, all jobs run again. `accelerators_page.py` renders the results.
 """
 
 import argparse
@@ -45,7 +46,7 @@ ROWS = targets.ROWS
 
 
 class Job(NamedTuple):
-    """What is compiled: a row for a tree, and for which chip."""
+    """A row to compile, for a tree and a chip."""
 
     tree: str
     row: str
@@ -57,7 +58,7 @@ TREES = (LEAF, "gpt2-small", "resnet-50", "resnet-50-hwio", "nvae-cifar10")
 
 
 def plan(only: Sequence[str], kinds: Sequence[str], names: Sequence[str]) -> list[Job]:
-    """All jobs of some trees, chips and rows. On the CPU only the time to compile counts."""
+    """All jobs for some rows, chips and trees. For the CPU only the compile time is recorded."""
     return [
         Job(tree, row, chip)
         for tree in names
@@ -70,7 +71,7 @@ def plan(only: Sequence[str], kinds: Sequence[str], names: Sequence[str]) -> lis
 
 
 def shapes(tree: str) -> list[tuple[int, ...]]:
-    """Of the leaves of a tree."""
+    """Shapes of the leaves of a tree."""
     return [(4096, 8192)] if tree == LEAF else list(trees.shapes(tree).values())
 
 
@@ -87,7 +88,7 @@ def arguments(row: targets.Row, leaves: list[tuple[int, ...]], chip: str) -> tup
 
 
 def compiled(row: targets.Row, leaves: list[tuple[int, ...]], chip: str) -> tuple[Any, float]:
-    """The update and its application for a chip, and the processor seconds to trace and compile."""
+    """The compiled step for a chip, and the processor seconds to trace and compile it."""
     import jax
     import optax
 
@@ -110,7 +111,7 @@ def _size(tree: Any) -> int:
 
 
 def figures(job: Job, dump: Path | None = None) -> dict[str, Any]:
-    """What a step became. Bytes, bundles and cycles are per parameter, kernels per leaf."""
+    """Figures of a compiled step: bytes, bundles and cycles per parameter, kernels per leaf."""
     row, leaves = ROWS[job.row], shapes(job.tree)
     params, state, grads = arguments(row, leaves, job.chip)
     program, seconds = compiled(row, leaves, job.chip)
@@ -141,14 +142,14 @@ def figures(job: Job, dump: Path | None = None) -> dict[str, Any]:
 
 
 def source() -> str:
-    """Tells one version of the package from another, but for what runs on CPUs alone."""
+    """A hash of the package, except for the code that runs on CPUs alone."""
     files = sorted((HERE.parent / "src").rglob("*.py"))
     files = [path for path in files if path.name != "_cpu.py"]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 def run_one(job: Job) -> dict[str, Any]:
-    """Figures of a job, in this process, which has compiled for the chip before."""
+    """Figures of a job in this process, after a first compilation to warm up."""
     with tempfile.TemporaryDirectory() as folder:
         dump = Path(folder) if job.tree == LEAF and job.chip in chips.TPUS else None
         chips.prepare(dump)
@@ -159,7 +160,7 @@ def run_one(job: Job) -> dict[str, Any]:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Figures of a job in a process of its own, or why there are none."""
+    """Figures of a job in a process of its own, or the reason why there are none."""
     begin = time.monotonic()
     try:
         process = subprocess.run(
@@ -184,7 +185,7 @@ def versions() -> dict[str, str]:
 
 
 def measure(jobs: Iterable[Job], path: Path) -> Iterator[dict[str, Any]]:
-    """Runs the jobs that the file does not have yet, and writes it after each."""
+    """Runs the jobs that are not in the file yet, and writes the file after each."""
     now = {"versions": versions(), "source": source()}
     old = json.loads(path.read_text()) if path.exists() else {}
     same = all(old.get(key) == value for key, value in now.items())
@@ -201,7 +202,7 @@ def measure(jobs: Iterable[Job], path: Path) -> Iterator[dict[str, Any]]:
 
 
 def check(jobs: Iterable[Job]) -> list[str]:
-    """What misses a target, among jobs that this process does one after the other."""
+    """Runs jobs in this process; returns a message for each missed target."""
     chips.prepare()
     rows = [job._asdict() | figures(job) for job in jobs]
     return [found.refusal() for found in targets.findings(rows) if not found.held]

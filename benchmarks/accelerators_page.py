@@ -1,4 +1,4 @@
-"""The page of what was compiled for accelerators, made of the committed results and nothing else.
+"""The page of what was compiled for accelerators, rendered from the committed results alone.
 
 python benchmarks/accelerators_page.py    # writes docs/accelerators.md
 """
@@ -101,7 +101,7 @@ def _tpu_cells(row: Row, reference: Row) -> list[str]:
 
 
 def bound(row: Row) -> tuple[float, float]:
-    """Seconds per parameter that a GPU takes at least for memory, and for instructions."""
+    """Lower bounds of the seconds per parameter on a GPU, for memory and for instructions."""
     chip = chips.CHIPS[row["chip"]]
     return row["bytes"] / chip.bandwidth, row.get("instructions", 0) / chip.issue
 
@@ -140,7 +140,7 @@ def _chip(chip: str, rows: list[Row]) -> list[str]:
 
 
 def _seconds(rows: list[Row]) -> list[str]:
-    """Processor seconds to trace and compile, of all chips."""
+    """Processor seconds to trace and compile, for all chips."""
     have = [chip for chip in chips.CHIPS if any(row["chip"] == chip for row in rows)]
     found = {(row["row"], row["chip"]): row for row in rows}
 
@@ -174,7 +174,7 @@ def _where(found: Iterable[targets.Finding]) -> str:
 
 
 def _targets(rows: list[Row]) -> list[str]:
-    """All targets beside the worst figure of each, and where and why they are missed."""
+    """All targets with their worst figures, and where and why they are missed."""
     findings = targets.findings(rows)
     summary, misses = [], []
     for target in targets.TARGETS:
@@ -208,7 +208,7 @@ def _names(target: targets.Target) -> str:
 
 
 def _experiment(found: dict[str, Any]) -> list[str]:
-    """What the cycles count, with the tables that say so."""
+    """What the cycles count, with the tables behind it."""
     rows = {(x["chip"], x["kernel"], x["repeats"]): x for x in found["bytes"] + found["operations"]}
     rates = {
         chip: sorted(
@@ -276,7 +276,7 @@ def page(found: dict[str, Any], experiment: dict[str, Any]) -> str:
 
 
 def _absent(rows: list[Row]) -> list[str]:
-    """What of the plan has no result."""
+    """The part of the plan that has no results."""
     have = {(row["tree"], row["row"], row["chip"]) for row in rows}
     left: dict[tuple[str, str], int] = {}
     for job in accelerators.plan((), tuple(chips.CHIPS), accelerators.TREES):
@@ -292,7 +292,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def committed() -> str:
-    """The page of the committed results."""
+    """The page rendered from the committed results."""
     return page(_load(accelerators.RESULTS), _load(cycles.RESULTS))
 
 

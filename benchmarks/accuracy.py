@@ -21,7 +21,7 @@ from versions import versions
 
 import adamaxw
 
-# The oracle and the gradients are those of the tests.
+# The oracle and the gradients of the tests.
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from gradients import KINDS, gradients
 from oracle import Oracle, rms_error

@@ -1,4 +1,4 @@
-"""Devices that can only be compiled for: the compilers for TPU and CUDA need no chip."""
+"""Devices to compile for; the compilers for TPU and CUDA need no chip."""
 
 import dataclasses
 import functools
@@ -8,8 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-# For libtpu, which must not ask the metadata server of a cloud for the machine that it is on, nor
-# be alone in using a chip that is not there. Read when it is loaded.
+# Read by libtpu when it is loaded: it must neither query a cloud's metadata server nor lock a chip.
 LIBTPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -20,7 +19,7 @@ LIBTPU = {
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What is compiled for.
+    """A chip to compile for.
 
     Attributes:
         name: on the page.
@@ -43,7 +42,7 @@ class Chip:
 def _gpu(
     name: str, capability: int, cores: int, bandwidth: float, l2: int, memory: int, clock: float
 ) -> str:
-    """What XLA's compiler for CUDA must know of a GPU that is not there."""
+    """The description of a GPU that XLA's compiler for CUDA needs."""
     return f"""gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
   shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -57,7 +56,7 @@ platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 2 }}
 device_description_str: "{name}" runtime_version {{ major: 12 minor: 9 }}"""
 
 
-# The numbers of the GPUs are those of XLA's own descriptions (its target_config/specs).
+# The GPUs are as in XLA's own descriptions (its target_config/specs).
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -86,10 +85,10 @@ GPUS = tuple(chip.name for chip in CHIPS.values() if chip.description)
 
 
 def prepare(dump: Path | None = None) -> None:
-    """Sets what the compilers read when they are loaded: call it before JAX is imported.
+    """Sets what the compilers read when they are loaded. Call it before importing JAX.
 
     Args:
-        dump: where libtpu shall write the scheduled code of each kernel; nowhere by default.
+        dump: folder for the scheduled code of each kernel, written by libtpu; none by default.
     """
     os.environ.update(LIBTPU, JAX_PLATFORMS="cpu", JAX_ENABLE_COMPILATION_CACHE="false")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -101,7 +100,7 @@ def prepare(dump: Path | None = None) -> None:
 
 @functools.cache
 def device(name: str) -> Any:
-    """A device of a chip, to give abstract arrays a sharding with; the CPU's is a real one."""
+    """A device of a chip, for the sharding of abstract arrays; the CPU's is a real one."""
     import jax
     from jax.experimental import topologies
 
@@ -112,13 +111,13 @@ def device(name: str) -> Any:
 
 
 def _cuda(description: str) -> Any:
-    # The public way makes a client first, which needs a GPU.
+    # The public API makes a client first, which needs a GPU.
     import jax
     from jax.experimental import topologies
 
     internal: Any = importlib.import_module("jax._src.lib")
     client = internal.xla_client
-    jax.devices("cpu")  # Looks for plugins, and complains of one that is loaded already.
+    jax.devices("cpu")  # Finds plugins first: it would complain about one that is already loaded.
     if not client.pjrt_plugin_loaded("cuda"):
         client.load_pjrt_plugin_dynamically("cuda", str(_plugin()))
     if not client.pjrt_plugin_initialized("cuda"):

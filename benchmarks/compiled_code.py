@@ -1,4 +1,4 @@
-"""What the compilers made of a step, read from the text of the compiled program and its code."""
+"""Figures of a compiled step, read from the text of the program and its machine code."""
 
 import collections
 import math
@@ -6,17 +6,17 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-# Less is the arithmetic of scalars, and leaves too small to count.
+# Kernels that touch fewer bytes are scalar arithmetic, or leaves too small to count.
 LARGE = 100_000
 _SIZES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2}
 _SIZES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
-# Names for what is there already.
+# Operations that move nothing.
 _FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all"}
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](?:\{([^}]*)\})?")
 
 
 class Traffic(NamedTuple):
-    """What a program moves.
+    """The memory traffic of a program.
 
     Attributes:
         bytes: to and from the chip's memory.
@@ -33,7 +33,7 @@ class _Size(NamedTuple):
 
 
 def _size(shapes: str) -> list[_Size]:
-    """Of each array. A layout with S(1) and the like is in a memory on the chip."""
+    """Sizes of arrays. A layout with S(1) or the like is in a memory on the chip."""
     found = []
     for dtype, dims, layout in _SHAPE.findall(shapes):
         size = _SIZES.get(dtype, 0) * math.prod(int(x) for x in dims.split(",") if x)
@@ -42,7 +42,7 @@ def _size(shapes: str) -> list[_Size]:
 
 
 def _instructions(text: str) -> list[tuple[str, str, str, list[str]]]:
-    """Of the entry computation: name, what it is, shapes of the results, names of the operands."""
+    """The entry computation: name, opcode, shapes of the results and names of the operands."""
     found = []
     for line in text[text.index("ENTRY") :].splitlines():
         match = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*)$", line)
@@ -71,7 +71,7 @@ def traffic(text: str) -> Traffic:
             *(sum(part) for part in zip(*arrays, strict=True)) if arrays else (0, 0)
         )
         if opcode.endswith("-start"):
-            # Of source, destination and a semaphore; what is copied is the smaller, a slice.
+            # Source, destination and a semaphore. The smaller of the two is what is copied.
             source, destination = arrays[:2]
             copied = min(source.all, destination.all)
             moved += copied * sum(side.far > 0 for side in (source, destination))
@@ -126,11 +126,11 @@ def _dumped(dump: Path, kernel: str, what: str) -> str:
     found = [path for path in dump.iterdir() if name.fullmatch(path.name)]
     if not found:
         raise FileNotFoundError(f"no {what} of {kernel}")
-    return max(found).read_text()  # The last: where one does not fit, others are tried.
+    return max(found).read_text()  # The last, because the compiler may try several schedules.
 
 
 def opcodes(disassembly: str) -> list[str]:
-    """Machine instructions in the output of nvdisasm, without the padding behind the end."""
+    """Machine instructions in the output of nvdisasm, without the padding at the end."""
     found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", disassembly)
     last = max((i for i, name in enumerate(found) if name == "EXIT"), default=len(found) - 1)
     return found[: last + 1]

@@ -1,4 +1,4 @@
-"""What is compared: every contender by name, what it needs, and how it is built.
+"""Every contender by name, what it needs, and how it is built.
 
 Parameters, gradients and hyperparameters are the same for all. Nothing heavy is imported here: the
 process that starts the measuring ones stays small.
@@ -18,13 +18,13 @@ class Contender:
 
     Attributes:
         name: in tables and on the command line.
-        packages: what must be importable.
-        make: from nothing to the implementation.
+        packages: packages that it imports.
+        make: creates the implementation.
         dtype: of parameters and gradients.
-        state_bytes: a parameter, to judge what fits in memory; the figures are measured.
-        working_bytes: a parameter, of temporaries in a step; likewise.
+        state_bytes: bytes per parameter, to judge what fits in memory; results are measured.
+        working_bytes: bytes of temporaries per parameter, likewise.
         rule: "adamaxw", "adamw", or "L2" (Adamax with decay added to the gradients).
-        compiles: whether there is anything to compile.
+        compiles: whether it is compiled.
         eager: whether its update can be called without jit.
     """
 
@@ -44,7 +44,7 @@ class Contender:
         return f"{', '.join(absent)} not installed" if absent else None
 
     def bytes_per_parameter(self, sets: int) -> int:
-        """Memory of a runner, roughly: parameters, gradients, state, temporaries."""
+        """Rough memory of a runner: parameters, gradients, state, temporaries."""
         item = 2 if self.dtype == "bfloat16" else 4
         return item * (1 + sets) + self.state_bytes + self.working_bytes
 
@@ -123,7 +123,7 @@ def _all() -> Iterable[Contender]:
     yield Contender(
         f"{adamax}, loop", torch, _torch(foreach=False), working_bytes=4, rule="L2", compiles=False
     )
-    # Two lists of tensors as large as the gradients: with decay added, and absolute values.
+    # Two lists of tensors as large as the gradients: the decayed gradients, and absolute values.
     yield Contender(
         f"{adamax}, foreach",
         torch,

@@ -1,8 +1,8 @@
-"""How far training with each format of the moments and each rounding of the parameters gets.
+"""Training with each format of the moments and each rounding of the parameters.
 
-A byte-level transformer and a VAE, those of the examples, are trained from several seeds with
+Trains the byte-level transformer and the VAE of the examples from several seeds, with
 `optax.adamaxw` in float32 and with every `moment_dtype` and `param_rounding` of `adamaxw.adamaxw`.
-All runs of one seed see the same initial parameters and the same data. Only the storage differs:
+All runs of one seed start from the same parameters and see the same data. Only the storage differs:
 the loss casts bfloat16 parameters to float32, and their gradients arrive in bfloat16. Run it with
 
     python benchmarks/convergence.py             # trains, writes results/convergence.json
@@ -30,7 +30,7 @@ from versions import versions
 
 import adamaxw
 
-# The models and the data are those of the examples.
+# The models and the data of the examples.
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import equinox as eqx
 import language_model
@@ -45,15 +45,15 @@ REFERENCE = "optax.adamaxw, float32"
 
 
 class Task(NamedTuple):
-    """Something to train.
+    """A training problem.
 
     Attributes:
         unit: of the loss.
-        init: from a key to float32 params.
-        batches: from a NumPy generator to the data of all steps, stacked along the first axis.
-        loss: of params, one batch and a key.
-        held_out: the loss that counts, of params.
-        optimizer: from `adamaxw.adamaxw`, `optax.adamaxw` or the like to the optimizer.
+        init: maps a key to float32 params.
+        batches: maps a NumPy generator to the data of all steps, stacked along the first axis.
+        loss: maps params, a batch and a key to the training loss.
+        held_out: maps params to the held-out loss.
+        optimizer: maps `adamaxw.adamaxw`, `optax.adamaxw` or the like to the optimizer.
     """
 
     unit: str
@@ -138,7 +138,7 @@ class Variant(NamedTuple):
 
 
 def variants() -> dict[str, Variant]:
-    """Every combination, by name; the first is the reference."""
+    """All combinations by name; the first is the reference."""
     chosen = {REFERENCE: Variant(optax.adamaxw, "float32")}
     moments = (None, "bfloat16", "uint8")
 
@@ -193,7 +193,7 @@ def train(task: Task, variant: Variant, seeds: int) -> np.ndarray:
 
 
 def measure(path: Path, tasks: list[str], seeds: int, console: Console) -> None:
-    """Trains what is not yet in the file at `path`, and writes it after each variant."""
+    """Trains the variants that are not in the file at `path`, and writes it after each."""
     results: dict[str, Any] = {"command": "python benchmarks/convergence.py"}
     if path.exists():
         results = json.loads(path.read_text())
@@ -234,7 +234,7 @@ def table(runs: dict[str, Any]) -> list[str]:
 
 
 def draw(path: Path, results: dict[str, Any]) -> None:
-    """The held-out curves, mean over seeds, with the spread of the reference as a band."""
+    """Plots held-out losses, mean over seeds, with the spread of the reference as a band."""
     figure = Figure(figsize=(12, 8), layout="constrained")
     panels = figure.subplots(2, 2)
     names = [name for name in TASKS if name in results]

@@ -1,8 +1,8 @@
-"""What the cycles count that the TPU compiler estimates for a kernel, and what they leave out.
+"""What the TPU compiler's cycle estimate for a kernel includes, and what it omits.
 
-Kernels of the same bytes and 1 to 100 operations on each element, kernels of different bytes, and
-one step on many small leaves, compiled for TPUs that are not there (`make accelerators` makes the
-environment). Beside the estimate stand the bundles that the scheduled code issues. Run it with
+Compiles kernels of equal bytes with 1 to 100 operations per element, kernels of different bytes,
+and one step on many small leaves, for TPUs (`make accelerators` creates the environment), and
+compares the estimate with the bundles that the scheduled code issues. Run it with
 
     python benchmarks/cycles.py    # minutes; prints tables, writes results/cycles.json
 """
@@ -30,7 +30,7 @@ class Kernel(NamedTuple):
 
     Attributes:
         name: on the page.
-        bytes: an element, read and written.
+        bytes: per element, read and written.
         dtype: of what is read and written.
         turn: of x, y and the number of the turn, the next x; y is read where the bytes say so.
     """
@@ -63,7 +63,7 @@ def _root(x: Any, _: Any, i: int) -> Any:
 
 
 def _constant(x: Any, i: int) -> Any:
-    """Another one each turn, so that no two turns are one."""
+    """A constant that differs per turn, so that no two turns are merged."""
     return x.dtype.type(1 + 1 / (i + 3))
 
 
@@ -91,7 +91,7 @@ BYTES = (
 
 
 def compiled(kernel: Kernel, repeats: int, chip: str, leaves: int = 0) -> str:
-    """The program of a kernel, on one array or on many small ones; x is donated."""
+    """The compiled kernel, on one array or on many small ones; x is donated."""
     import jax
 
     def apply(xs: Any, ys: Any) -> Any:
@@ -109,7 +109,7 @@ def compiled(kernel: Kernel, repeats: int, chip: str, leaves: int = 0) -> str:
 
 
 def measure() -> dict[str, Any]:
-    """All kernels on all TPUs; cycles and bundles are of 1,000 elements, or of one small leaf."""
+    """All kernels on all TPUs; cycles and bundles per 1,000 elements, or per small leaf."""
     found: dict[str, Any] = {"bytes": [], "operations": [], "small": []}
     n = SHAPE[0] * SHAPE[1] / 1000
     with tempfile.TemporaryDirectory() as folder:

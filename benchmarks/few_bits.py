@@ -1,4 +1,4 @@
-"""Where moments of few bits cost: small tasks, a floor without noise, and b2 near b1.
+"""Where low-precision moments cost something: small tasks, no gradient noise, b2 near b1.
 
 Eight tasks are trained from several seeds in each format, at a constant learning rate and at one
 that falls to 0 from twice that. Every seed has its own data and initial parameters, the same for
@@ -40,11 +40,11 @@ KINDS = ("falling", "noise")
 B1S, B2S = (0.9, 0.95), (0.9, 0.95, 0.98, 0.99, 0.999)
 QUICK = 200
 QUADRATIC_LR, QUADRATIC_STEPS = 0.01, 55_000
-FALLING_STEPS = 160  # At 0.9 a step, from 1 to above eps.
+FALLING_STEPS = 160  # At a factor of 0.9 per step, from 1 to above eps.
 
 
 def optimizer(name: str, lr: float, falls: Any, steps: int) -> Any:
-    """Adamax in a format; the rate is constant, or with `falls` 1 goes from twice that to 0."""
+    """Adamax in a format; constant rate, or with `falls=1` from twice that to 0."""
     return adamaxw.adamax(
         lambda count: lr * (1 + falls) * (1 - falls * jnp.asarray(count, jnp.float32) / steps),
         moment_dtype=FORMATS[name],
@@ -52,7 +52,7 @@ def optimizer(name: str, lr: float, falls: Any, steps: int) -> Any:
 
 
 def losses(task: Task, name: str) -> np.ndarray:
-    """Those at the end, of shape (rates, seeds)."""
+    """Final losses, of shape (rates, seeds)."""
 
     def train(item: Any) -> jax.Array:
         falls, key = item
@@ -60,7 +60,7 @@ def losses(task: Task, name: str) -> np.ndarray:
 
     falls = jnp.repeat(jnp.array(list(RATES.values())), task.seeds)
     keys = jnp.tile(random.split(random.key(0), task.seeds), len(RATES))
-    # One by one: as fast as side by side by jax.vmap on a CPU, and compiled in half the time.
+    # As fast as jax.vmap on a CPU, and compiled in half the time.
     found = jax.jit(lambda items: jax.lax.map(train, items))((falls, keys))
     return np.asarray(found, np.float64).reshape(len(RATES), task.seeds)
 
@@ -82,9 +82,9 @@ def distances(name: str, cases: list[tuple[float, float]], steps: int) -> np.nda
 
 
 def ways(name: str, pairs: list[tuple[float, float]]) -> np.ndarray:
-    """Where parameters get to from 0, with each b1 and b2: on falling gradients, and on noise."""
+    """Final parameters, starting from 0, for each b1 and b2: on falling gradients, and on noise."""
     noise = 0.1 + random.normal(random.key(0), (2000, 256))
-    sizes = jnp.linspace(1, 2, 256)  # of all places between two codes of the norm
+    sizes = jnp.linspace(1, 2, 256)  # covers all positions between two codes of the norm
 
     def train(pair: jax.Array) -> list[jax.Array]:
         opt = adamaxw.adamax(1e-3, *pair, moment_dtype=FORMATS[name])
@@ -142,7 +142,7 @@ def _factor(logarithm: float) -> str:
 
 
 def tables(found: dict[str, Any]) -> str:
-    """Those of the documentation, in Markdown. Losses differ by orders: means are geometric."""
+    """The tables of the documentation. Means are geometric: losses differ by orders."""
     tasks = []
     for row in found["tasks"]:
         exact, *others = (np.log(row["losses"][fmt]) for fmt in FORMATS)
@@ -172,7 +172,7 @@ def tables(found: dict[str, Any]) -> str:
 
 
 def with_tables(page: str, found: dict[str, Any]) -> str:
-    """The text of the page with these tables in the place of those with the same heads."""
+    """The text of a page, with the tables of the same heads replaced."""
     for new in tables(found).split("\n\n"):
         head = re.escape(new.partition("\n")[0])
         page, number = re.subn(f"{head}(\n\\|.*)+", lambda _, new=new: new, page)

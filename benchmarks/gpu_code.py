@@ -1,4 +1,4 @@
-"""The machine code of a program compiled for CUDA, by NVIDIA's own disassembler.
+"""The machine code of a program compiled for CUDA, disassembled by NVIDIA's nvdisasm.
 
 Needs cramjam and nvidia-cuda-nvdisasm: `make accelerators` installs them.
 """
@@ -15,18 +15,18 @@ from typing import Any
 import compiled_code
 
 _ELF = b"\x7fELF"
-# Of Riegeli, the format of records in which XLA serializes: blocks of 64 KiB, of each 24 bytes a
-# header; the first chunk is this signature and nothing else.
+# XLA serializes in Riegeli's record format: blocks of 64 KiB, each with a header of 24 bytes. The
+# first chunk is only this signature.
 _SIGNATURE = bytes.fromhex("83af70d10d884a3f")
 _BLOCK, _BLOCK_HEADER, _CHUNK_HEADER, _KIND = 2**16, 24, 40, 24
 
 
 def instructions(compiled: Any, stored: float) -> float:
-    """Machine instructions an element, of the longest kernel of a program for one leaf.
+    """Machine instructions per element of the longest kernel of a program for one leaf.
 
     Args:
         compiled: the program. Its kernel must store whole results, so that its elements are known.
-        stored: bytes an element that the kernel stores.
+        stored: bytes per element that the kernel stores.
     """
     names = max((compiled_code.opcodes(code) for code in disassembled(compiled)), key=len)
     return len(names) * stored / compiled_code.stored(names)
@@ -49,7 +49,7 @@ def disassembled(compiled: Any) -> list[str]:
 
 
 def _uncompressed(data: bytes) -> bytes:
-    """What is in a serialized program: in newer versions of JAX, a file in a record of a file."""
+    """The content of a serialized program; newer versions of JAX nest files in records."""
     while _SIGNATURE in data:
         data = max(map(_records, _chunks(data[data.index(_SIGNATURE) :])), key=len)
     return data
@@ -60,19 +60,21 @@ def _chunks(file: bytes) -> Iterator[bytes]:
     blocks = (file[i + _BLOCK_HEADER : i + _BLOCK] for i in range(0, len(file), _BLOCK))
     data = b"".join(blocks)
     data = data[_CHUNK_HEADER:]
-    while data[_KIND : _KIND + 1] == b"r":  # Else the file ends, and what it is in goes on.
+    while (
+        data[_KIND : _KIND + 1] == b"r"
+    ):  # Otherwise the file has ended, and the enclosing one continues.
         end = _CHUNK_HEADER + struct.unpack_from("<Q", data, 8)[0]
         yield data[_CHUNK_HEADER:end]
         data = data[end:]
 
 
 def _records(chunk: bytes) -> bytes:
-    """The records in a chunk, one behind the other."""
+    """The concatenated records of a chunk."""
     kind = chunk[:1]
     if kind not in (b"\0", b"s"):
         raise ValueError(f"records are compressed with {kind!r}, not with Snappy")
     length, at = _varint(chunk, 1)
-    data = chunk[at + length :]  # Before it are the sizes of the records.
+    data = chunk[at + length :]  # The sizes of the records come before.
     if kind == b"\0":
         return data
     cramjam: Any = importlib.import_module("cramjam")
@@ -90,7 +92,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _elf(data: bytes) -> bytes:
-    """The file that begins here, by its tables of segments and sections, of which one is last."""
+    """The file that begins here; its table of segments or of sections comes last."""
     tables = struct.unpack_from("<QQ", data, 32)
     entries = struct.unpack_from("<HHHH", data, 54)
     ends = (tables[i] + entries[2 * i] * entries[2 * i + 1] for i in range(2))

@@ -1,8 +1,8 @@
-"""Which grid stores moments best in 2 bytes: levels an octave, range and spacing of the ratio.
+"""Which grid stores moments best in 2 bytes: levels per octave, range and spacing of the ratio.
 
-One vector is trained for 10,000 steps on gradients of several kinds, with a drift that training
-should follow, and never synchronised with the float32 run on the same gradients. Each row changes
-one thing in the format that ships; a second table changes b1. Run it with
+Trains one vector for 10,000 steps on gradients of several kinds, with a drift that training should
+follow, without ever synchronising it with the float32 run on the same gradients. Each row changes
+one property of the format that ships; a second table changes b1. Run it with
 
     python benchmarks/grid.py
 """
@@ -22,7 +22,7 @@ from versions import versions
 import adamaxw
 from adamaxw import _formats
 
-# The gradients are those of the tests.
+# The gradients of the tests.
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from gradients import gradients
 
@@ -35,7 +35,7 @@ PACKED = ("uint8", "bfloat16")
 
 @dataclass(frozen=True)
 class Defined(_formats.Logarithmic):
-    """By decode, rule and encode on the CPU, too, whose own step is that of what ships."""
+    """Decodes, applies the rule and encodes on the CPU too, where the shipped format differs."""
 
     def step(self, *arguments: Any) -> tuple[jax.Array, jax.Array]:
         """See `Format`."""
@@ -62,14 +62,14 @@ class Power(Defined):
 
 @dataclass(frozen=True)
 class ToNearest(Defined):
-    """The format that ships, without chance."""
+    """The format that ships, with rounding to nearest."""
 
     def _compress(self, square: jax.Array, noise: Any) -> jax.Array:
         return super()._compress(square, jnp.full_like(noise, _formats.TO_NEAREST))
 
 
 def formats() -> dict[str, _formats.Format]:
-    """What is compared, by name; the first is what ships."""
+    """The formats by name; the first is the one that ships."""
     ships = _formats.Logarithmic()
     chosen: dict[str, _formats.Format] = {
         f"ships: {ships.levels} levels an octave, m/u up to {ships.peak}, squares": ships
@@ -101,7 +101,7 @@ def noisy_drift(kind: str) -> np.ndarray:
 
 
 def train(fmt: _formats.Format, grads: Any, b1: float = 0.9) -> np.ndarray:
-    """The parameters at the end, from zeros."""
+    """The final parameters, starting from zeros."""
     with mock.patch.object(_formats, "FORMATS", (fmt,)):
         opt = adamaxw.adamax(1e-3, b1, eps=EPS, moment_dtype=fmt.name)
 
@@ -118,7 +118,7 @@ def train(fmt: _formats.Format, grads: Any, b1: float = 0.9) -> np.ndarray:
 
 
 def error(got: np.ndarray, exact: np.ndarray) -> float:
-    """Root mean square of the difference, relative to the way that the float32 run went."""
+    """Root mean square of the difference, relative to the movement of the float32 run."""
     return float(np.sqrt(np.mean((got - exact) ** 2) / np.mean(exact**2)))
 
 
@@ -126,7 +126,7 @@ def main() -> None:
     """Prints the table, in Markdown."""
     grads = {kind: jnp.asarray(noisy_drift(kind)) for kind in KINDS}
     exact = {kind: train(_formats.WIDE, grads[kind]) for kind in KINDS}
-    print(f"Error of the params after {STEPS:,} steps, relative to their way; eps {EPS:g}.")
+    print(f"Error of the params after {STEPS:,} steps, relative to their movement; eps {EPS:g}.")
     print(f"{SIZE} parameters; {versions()}\n")
     print("| format | norm within | largest norm |", " | ".join(KINDS), "|")
     print("|---" * (3 + len(KINDS)) + "|")

@@ -1,4 +1,4 @@
-"""How a step is timed: beside the reference, in turn, in one process."""
+"""Times a step: alternating with the reference, in one process."""
 
 import gc
 import time
@@ -12,16 +12,16 @@ from contenders import Contender
 from results import quartiles
 from runners import Runner
 
-# Seconds of a sample, at least: a shorter one would be the clock's and the scheduler's, and on an
-# accelerator that of starting the step, which goes on behind a queue in training.
+# Least seconds of a sample. A shorter one would measure the clock and the scheduler, and on an
+# accelerator the launch of a step, which training hides behind a queue.
 _SHORTEST_ON_CPU, _SHORTEST = 2e-3, 5e-2
-# What a process holds besides arrays, and what the estimates miss.
+# For what a process holds besides arrays, and what the estimates miss.
 SPARE = 2**30
 _WARM_UP = 3
 
 
 def available_memory() -> int:
-    """Bytes that arrays may still take, on the device of JAX."""
+    """Bytes that are still free for arrays, on the device of JAX."""
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
@@ -29,12 +29,12 @@ def available_memory() -> int:
 
 
 def needs(contenders: Sequence[Contender], parameters: int, sets: int) -> int:
-    """Bytes of memory with the contenders side by side, roughly."""
+    """Rough bytes of memory with all contenders at once."""
     return SPARE + parameters * sum(c.bytes_per_parameter(sets) for c in contenders)
 
 
 def sample(runner: Runner, index: int, repeats: int) -> float:
-    """Seconds of one step, from `repeats` steps and waiting for the last."""
+    """Seconds per step, over `repeats` steps and the wait for the last."""
     runner.prepare(index)
     begin = time.perf_counter()
     for _ in range(repeats):
@@ -44,19 +44,19 @@ def sample(runner: Runner, index: int, repeats: int) -> float:
 
 
 def warm_up(runner: Runner) -> int:
-    """Compiles, and returns how many steps make a sample long enough."""
+    """Compiles, and returns how many steps fill a sample."""
     seconds = [sample(runner, i, 1) for i in range(_WARM_UP)]
     shortest = _SHORTEST_ON_CPU if jax.default_backend() == "cpu" else _SHORTEST
     return max(1, round(shortest / seconds[-1]))
 
 
 def _rounds(seconds: float, budget: float, most: int) -> int:
-    """As many rounds as the budget pays for, but at least five, so that there are quartiles."""
+    """As many rounds as fit the budget, but at least five, for quartiles."""
     return min(most, max(5, int(budget / seconds)))
 
 
 def paired(reference: Runner, contender: Runner, budget: float, most: int) -> dict[str, Any]:
-    """Alternates the two, round after round, each first in every other round.
+    """Alternates the two; each goes first in every other round.
 
     Args:
         reference: what the ratio is to; warm.
@@ -82,7 +82,7 @@ def paired(reference: Runner, contender: Runner, budget: float, most: int) -> di
 def in_turn(
     reference: Callable[[], Runner], contender: Callable[[], Runner], rounds: int
 ) -> dict[str, Any]:
-    """Two blocks of each, in turn, since the two do not fit in memory together.
+    """Two blocks of each in turn, because the two do not fit in memory together.
 
     Args:
         reference: builds what the ratio is to.
@@ -121,7 +121,7 @@ def _figures(seconds: tuple[list[float], list[float]]) -> dict[str, Any]:
 
 
 def copy_bandwidth(size: int) -> float:
-    """Bytes a second that the machine reads and writes at best, of arrays of `size` bytes.
+    """Best bytes per second, read and written, for arrays of `size` bytes.
 
     The best of a negation in place (one buffer, donated) and one into another buffer.
     """

@@ -1,4 +1,4 @@
-"""What it costs to keep the state in the memory of the host, and to stream it for the update.
+"""What it costs to keep the state in host memory and stream it in for each update.
 
 Steps with the state in the one and in the other memory alternate. On an accelerator what is
 measured is its connection to the host; on a CPU the two memories are the same, and what is left is
@@ -23,7 +23,7 @@ SECONDS = 60
 
 
 def runner(moment_dtype: str | None, memory_kind: str | None) -> JaxRunner:
-    """Steps of an optimizer with its state in a memory, and copied to the device for each."""
+    """Steps of an optimizer whose state lies in one kind of memory and is copied for each step."""
     data = Data(shapes(TREE), sets=1)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params: Any = jax.device_put(on_device(data.params()), device)
@@ -42,7 +42,7 @@ def runner(moment_dtype: str | None, memory_kind: str | None) -> JaxRunner:
 
 
 def main() -> None:
-    """Prints the ratio of the two times, and the bytes of state a parameter."""
+    """Prints the ratio of the two times, and the bytes of state per parameter."""
     print(f"{TREE}, float32 parameters; {versions()}\n")
     print("| moments | state in host memory, bytes per parameter | step, times that without |")
     print("|---|--:|--:|")

@@ -1,4 +1,4 @@
-"""Contenders that are JAX programs: `optax.GradientTransformation`s, ours among them."""
+"""Contenders in JAX: any `optax.GradientTransformation`, ours included."""
 
 import functools
 import time
@@ -15,18 +15,18 @@ Tree = dict[str, jax.Array]
 
 
 def on_device(leaves: Leaves) -> Tree:
-    """Copies leaves: memory of NumPy's could not be donated."""
+    """Copies leaves to the device, because NumPy's memory cannot be donated."""
     return {name: jnp.array(value) for name, value in leaves}
 
 
 def device_peak() -> int | None:
-    """Most bytes that JAX had in use on its accelerator; None on a CPU."""
+    """Peak bytes that JAX used on its accelerator; None on a CPU."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def timed_stages(step: Any, args: tuple[Any, ...]) -> dict[str, float]:
     """Seconds of tracing and lowering a jitted function, and of compiling it."""
-    # The first use of a backend starts it, which is no cost of this program.
+    # The first use of a backend initializes it, which is not a cost of this program.
     jax.jit(jnp.negative)(jnp.zeros(3)).block_until_ready()
     begin = time.perf_counter()
     lowered = step.trace(*args).lower()
@@ -73,7 +73,7 @@ class JaxRunner:
         return {name: np.asarray(x) for name, x in zip(self._names, leaves, strict=True)}
 
     def analysis(self) -> dict[str, float]:
-        """Bytes that the program accesses, and of its temporaries; what XLA does not say is absent.
+        """Bytes that the program accesses, and of its temporaries, as far as XLA reports them.
 
         The program is the one that the steps have compiled: JAX keeps it.
         """
@@ -87,12 +87,12 @@ class JaxRunner:
         return found
 
     def device_peak(self) -> int | None:
-        """Most bytes that were in use on an accelerator."""
+        """Peak bytes in use on an accelerator."""
         return device_peak()
 
 
 class EagerRunner(JaxRunner):
-    """Steps `update` alone, without jit: the parameters stay, the state goes on."""
+    """Steps `update` alone, without jit: the state advances, the parameters do not."""
 
     def step(self) -> None:
         """Starts one update."""
@@ -103,7 +103,7 @@ class EagerRunner(JaxRunner):
         jax.block_until_ready((self._updates, self._state))
 
     def analysis(self) -> dict[str, float]:
-        """Nothing: there is no one program."""
+        """Nothing: there is no single program."""
         return {}
 
 
@@ -122,17 +122,17 @@ class Transformation:
         return step
 
     def _runner(self, kind: type[JaxRunner], step: Any, data: Data) -> JaxRunner:
-        # State last: until then the copies on their way have room.
+        # The state last, so that there is room for temporary copies until then.
         params = on_device(data.params())
         sets = [on_device(data.gradients(i)) for i in range(data.sets)]
         return kind(step, params, self._opt.init(params), sets, list(data.tree))
 
     def build(self, data: Data) -> JaxRunner:
-        """With parameters, gradients and a fresh state."""
+        """A runner with parameters, gradients and a fresh state."""
         return self._runner(JaxRunner, self._jitted(), data)
 
     def eager(self, data: Data) -> JaxRunner:
-        """Likewise, each step the update alone, without jit."""
+        """Likewise, but a step is the update alone, without jit."""
         return self._runner(EagerRunner, self._opt.update, data)
 
     def compile_times(self, tree: Shapes, dtype: str) -> dict[str, float]:

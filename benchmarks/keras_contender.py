@@ -1,4 +1,4 @@
-"""Keras 3's Adamax on its JAX backend, as its guide for JAX steps it."""
+"""Keras 3's Adamax on its JAX backend, stepped as in its guide for JAX."""
 
 import functools
 import importlib
@@ -10,7 +10,7 @@ from jax_contenders import JaxRunner, on_device, timed_stages
 from runners import B1, B2, EPS, LEARNING_RATE, WEIGHT_DECAY
 from trees import Data, Shapes
 
-# Keras reads it when it is imported, which the contender does by name: it may be absent.
+# Keras reads this at import. The contender imports it by name, because it may be absent.
 os.environ["KERAS_BACKEND"] = "jax"
 
 
@@ -28,17 +28,17 @@ class Adamax:
         def step(params: Any, state: Any, gradients: Any) -> Any:
             return opt.stateless_apply(state, gradients, params)
 
-        # The variables' own arrays are donated: only their shapes are used from here on.
+        # The variables' own arrays are donated; from here on only their shapes are used.
         return step, [v.value for v in variables], [v.value for v in opt.variables]
 
     def build(self, data: Data) -> JaxRunner:
-        """With parameters, gradients and a fresh state."""
+        """A runner with parameters, gradients and a fresh state."""
         step, params, state = self._start(data)
         sets = [list(on_device(data.gradients(i)).values()) for i in range(data.sets)]
         return JaxRunner(step, params, state, sets, list(data.tree))
 
     def eager(self, data: Data) -> JaxRunner:
-        """There is no update apart from its application."""
+        """Not available: the update is not separate from its application."""
         raise NotImplementedError("Keras has no update without its application")
 
     def compile_times(self, tree: Shapes, dtype: str) -> dict[str, float]:

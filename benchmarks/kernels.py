@@ -1,8 +1,8 @@
-"""What the loops of one leaf's step cost in arithmetic: nanoseconds an element, on one core.
+"""The arithmetic of a step: nanoseconds per element of one leaf, on one core.
 
-The leaf fits in the cache, so that memory does not matter and other load of the machine little: the
-least of many runs counts, beyond a call that does nothing. `NOTES.md` quotes its figures. Run it on
-one core, as with
+The leaf fits in the cache, so that memory does not matter and other load of the machine matters
+little. Reports the least of many runs, minus a call that does nothing. `NOTES.md` quotes its
+figures. Run it on one core:
 
     taskset -c 0 python benchmarks/kernels.py
     XLA_FLAGS=--xla_cpu_prefer_vector_width=512 taskset -c 0 python benchmarks/kernels.py
@@ -29,7 +29,7 @@ RUNS = 300
 def loops(
     fmt: _formats.Format, shape: tuple[int, ...]
 ) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """What is timed, by name: compiled functions and their arguments."""
+    """Functions to time and their arguments, by name."""
     rng = np.random.default_rng(0)
     g, p = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
     noise = jnp.full(shape, 1000, jnp.uint32)
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs="+", default=[65536])
     shape = tuple(parser.parse_args().shape)
     nothing = least(jax.jit(jnp.negative), jnp.zeros(16))
-    print(f"ns an element of a leaf of shape {shape}; {versions()}\n")
+    print(f"ns per element of a leaf of shape {shape}; {versions()}\n")
     print("| moments | all but the noise | all |\n|---|---|---|")
     for fmt in _formats.FORMATS:
         seconds = [least(f, *args) - nothing for f, args in loops(fmt, shape).values()]

@@ -1,11 +1,10 @@
-"""What `examples/resume.py` loses when its process is killed at random moments: nothing.
+"""Kills `examples/resume.py` at random moments, and checks that nothing is lost.
 
-The example is started, its whole process group killed with SIGKILL, and started again, until it has
-been killed as often as asked and is left to end. Moments are drawn from a seed: some while a
-checkpoint is being written, as its temporary folder shows, some while an old one is being deleted,
-some at any time from the start of Python on. Each restart must go on from a step that is at least
-the last which was reported as saved, and the end must have the parameters of an undisturbed run.
-Run it with
+Starts the example, kills its process group with SIGKILL, and starts it again, until it has been
+killed as often as asked; the last start runs to the end. Moments are random: while a checkpoint is
+being written, as its temporary folder shows, while an old one is being deleted, or at any time from
+the start of Python. Each restart must resume from the last step reported as saved or a later one,
+and the run must end with the parameters of an uninterrupted run. Run it with
 
     python benchmarks/kills.py    # kills up to 40 times, writes results/kills.json
 """
@@ -32,27 +31,27 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "kills.json"
 PROGRAM = HERE.parent / "examples" / "resume.py"
 STEPS, SAVE_EVERY = 2000, 10
-# Seconds for a process to end by itself.
+# Seconds for a process to end.
 PATIENCE = 300
 
 
 def kill_group(process: Any, rng: random.Random) -> None:
-    """Kills a process and all that it has started."""
+    """Kills a process and everything it has started."""
     del rng
     os.killpg(process.pid, signal.SIGKILL)
 
 
 class Program(NamedTuple):
-    """What is killed.
+    """The program to kill.
 
     Attributes:
         command: to which `--steps`, `--save-every` and `--output` are added.
         save_every: steps.
-        max_saves: how many are awaited before a kill, at most.
-        start_up: seconds in which a kill at any time falls.
-        kill: kills the process, or some of it, at random.
-        status: of the process after that.
-        last_line: which it then prints, a regular expression; None: any.
+        max_saves: the most saves to wait for before a kill.
+        start_up: seconds within which a kill at any time falls.
+        kill: kills the process, or a random part of it.
+        status: the exit status after that.
+        last_line: a regular expression of the last line then printed; None for any.
     """
 
     command: list[str]
@@ -70,11 +69,11 @@ RESUME = Program(
 
 
 class Survival(NamedTuple):
-    """What became of a run that was killed and restarted.
+    """The outcome of a run that was killed and restarted.
 
     Attributes:
         kills: how many.
-        restarts: for each, the step last reported as saved before it, and the one it went on from.
+        restarts: for each, the last step reported as saved, and the step it resumed from.
         while_writing: how many kills left a checkpoint half written.
         while_deleting: how many left one half deleted.
         end: the last line of the run, with its checksum.
@@ -90,14 +89,14 @@ class Survival(NamedTuple):
 
 
 def undisturbed(folder: Path, steps: int = STEPS, program: Program = RESUME) -> str:
-    """The last line of a run that nothing stops, in an empty folder."""
+    """The last line of an uninterrupted run in an empty folder."""
     return killed(folder, 0, 0, steps, program).end
 
 
 def killed(
     folder: Path, kills: int, seed: int, steps: int = STEPS, program: Program = RESUME
 ) -> Survival:
-    """Kills a run and starts it again.
+    """Kills and restarts a run.
 
     Args:
         folder: for its checkpoints and what it prints; empty.
@@ -130,7 +129,7 @@ def killed(
             if process.poll() is None:
                 kill_group(process, rng)
         status = process.wait(PATIENCE)
-        # The lines that were printed to their end.
+        # Complete lines only.
         lines = log.read_text().split("\n")[:-1]
         if not (status == 0 or (status == program.status and _is_expected(program, lines))):
             end = "\n".join(lines)[-2000:]
@@ -149,7 +148,7 @@ def killed(
 
 
 def losses(survival: Survival, end: str) -> list[str]:
-    """What was lost, in words: nothing, if all is well."""
+    """What was lost, in words; empty if nothing was."""
     lost = [
         f"resumed from step {step}, although step {safe} had been saved"
         for safe, step in survival.restarts
@@ -184,7 +183,7 @@ def _wait_for_moment(program: Program, process: Any, checkpoints: Path, rng: ran
     if how != "any":
         _poll(process, lambda: how in {half for half, _ in _half_done(checkpoints)})
     if how == "deleting":
-        delay /= 20  # It takes that much less time.
+        delay /= 20  # Deleting takes that much less time.
     until = time.monotonic() + delay
     _poll(process, lambda: time.monotonic() > until)
 
@@ -217,7 +216,7 @@ def _half_done(checkpoints: Path) -> set[tuple[str, str]]:
 
 
 def summary(totals: dict[str, int]) -> str:
-    """What was found, on one line."""
+    """The results in one line."""
     return (
         "{kills} kills, {while_writing} of them with a checkpoint half written, {while_deleting} "
         "with one half deleted: {losses} losses".format(**totals)

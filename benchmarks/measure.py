@@ -1,4 +1,4 @@
-"""One section of the measurements, on one tree, in a process of its own.
+"""Measures one section on one tree, in a process of its own.
 
 `speed.py` starts it with a job as JSON, and reads a row of JSON from each line that it prints.
 """
@@ -20,7 +20,7 @@ from trees import Data, Shapes, count, shapes
 
 Row = dict[str, Any]
 
-# Too large for any cache, and on an accelerator for the cost of a call to count.
+# Too large for any cache, and on an accelerator large enough to hide the cost of a call.
 _BANDWIDTH_BYTES = {"cpu": 2**29, "gpu": 2**32, "tpu": 2**32}
 _ROUNDS_IN_TURN = 3
 
@@ -30,13 +30,13 @@ def _data(contender: Contender, tree: Shapes, sets: int) -> Data:
 
 
 def _sets(contenders: list[Contender], tree: Shapes, memory: int) -> int:
-    """How many sets of gradients fit, 0 if not even one does."""
+    """How many sets of gradients fit in memory, up to 2."""
     fitting = [s for s in (1, 2) if harness.needs(contenders, count(tree), s) <= memory]
     return max(fitting, default=0)
 
 
 def _per_parameter(row: Row, contender: Contender, tree: Shapes) -> Row:
-    """The row with bytes a parameter, and the bandwidth that the least of them needed."""
+    """Adds bytes per parameter, and the bandwidth that moving the least of them took."""
     parameters = count(tree)
     kinds = ("state_bytes", "program_bytes", "temporaries")
     found = {kind: round(row[kind] / parameters, 3) for kind in kinds if kind in row}
@@ -51,7 +51,7 @@ def _item(contender: Contender) -> int:
 
 
 def step(tree: Shapes, contenders: list[Contender], budget: float, rounds: int) -> Iterator[Row]:
-    """Time of a step of each, beside the reference's."""
+    """Time of a step of each, relative to the reference."""
     bandwidth = float(f"{harness.copy_bandwidth(_BANDWIDTH_BYTES[jax.default_backend()]):.4g}")
     memory = harness.available_memory()
     kept: tuple[int, Runner] | None = None
@@ -77,7 +77,7 @@ def step(tree: Shapes, contenders: list[Contender], budget: float, rounds: int) 
 
 
 def _in_turn(tree: Shapes, pair: list[Contender], memory: int) -> Row:
-    """Time of a step where the two do not fit in memory together."""
+    """Time of a step if the two do not fit in memory together."""
     for contender in pair:
         if not _sets([contender], tree, memory):
             needed = harness.needs([contender], count(tree), 1)
@@ -93,7 +93,7 @@ def _in_turn(tree: Shapes, pair: list[Contender], memory: int) -> Row:
 
 
 def eager(tree: Shapes, contenders: list[Contender], budget: float, rounds: int) -> Iterator[Row]:
-    """Time of the update without jit, beside the reference's."""
+    """Time of the update without jit, relative to the reference."""
     reference = REFERENCE.make().eager(_data(REFERENCE, tree, 2))
     for contender in contenders:
         runner = contender.make().eager(_data(contender, tree, 2))
@@ -105,17 +105,17 @@ def eager(tree: Shapes, contenders: list[Contender], budget: float, rounds: int)
 
 
 def compile_times(tree: Shapes, contenders: list[Contender]) -> Iterator[Row]:
-    """Seconds to trace and to compile, cold: only the first contender of a process counts."""
+    """Seconds to trace and to compile, cold: one contender per process."""
     (contender,) = contenders
     found = contender.make().compile_times(tree, contender.dtype)
     yield {"contender": contender.name, **found}
 
 
 def memory(tree: Shapes, contenders: list[Contender]) -> Iterator[Row]:
-    """Most memory in use beyond what the process held before there was an array."""
+    """Peak memory beyond what the process held before it allocated arrays."""
     (contender,) = contenders
     build = contender.make()
-    # A tiny one first: libraries, backends and compilers are loaded when they are first used.
+    # A tiny run first, because libraries, backends and compilers are loaded at their first use.
     tiny = build.build(_data(contender, {"leaf": (8,)}, 1))
     harness.warm_up(tiny)
     before = psutil.Process().memory_info().rss
@@ -149,9 +149,9 @@ SECTIONS: dict[str, Callable[..., Iterator[Row]]] = {
 
 
 def main() -> None:
-    """Prints a row for each contender of the job as soon as it is measured."""
+    """Prints a row per contender of the job, as soon as it is measured."""
     rows = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # What libraries print does not get between the rows.
+    os.dup2(2, 1)  # Keeps what libraries print out of the rows.
     job = json.loads(sys.argv[1])
     section = job.pop("section")
     if section == "machine":

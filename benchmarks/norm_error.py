@@ -19,7 +19,7 @@ from versions import versions
 
 import adamaxw
 
-# The oracle and the gradients are those of the tests.
+# The oracle and the gradients of the tests.
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from gradients import gradients
 from oracle import Oracle, octaves
@@ -52,7 +52,7 @@ def largest_errors(kind: str) -> dict[str, np.ndarray]:
         str(moment_dtype): norms(adamaxw.adamax(0.0, moment_dtype=moment_dtype), grads, jnp.float32)
         for moment_dtype in ("uint8", "bfloat16", None)
     }
-    # The gradients are those of bfloat16 here: what is left is the error of the state alone.
+    # With gradients rounded to bfloat16, what remains is the error of the state alone.
     coarse = grads.astype(jnp.bfloat16).astype(np.float64)
     _, _, _, exact_of_coarse = Oracle(np.ones(SIZE), 0.0).run(coarse)
     theirs = norms(optax.adamaxw(0.0), jnp.asarray(grads), jnp.bfloat16)
@@ -62,7 +62,7 @@ def largest_errors(kind: str) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    """Prints the largest errors of all steps and draws their course."""
+    """Prints the largest errors, and plots errors against steps."""
     print(f"Largest |log2(stored norm / exact norm)| of {STEPS:,} steps; {versions()}\n")
     figure = Figure(figsize=(11, 6), layout="constrained")
     names = ("uint8", "bfloat16", "None", "optax.adamaxw, bfloat16")

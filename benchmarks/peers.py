@@ -1,8 +1,8 @@
-"""What other implementations of AdaMax compute, and how to have the same with `adamaxw`.
+"""What other implementations of AdaMax compute, and how to get the same from `adamaxw`.
 
-Each peer is held beside the formulas that it might follow, in NumPy, float64, on gradients that
-tell them apart. What PyTorch, Keras and pytorch_optimizer did is in tests/fixtures/peers.npz, made
-by the script beside it; Optax and ours are run. Run it with
+Compares each peer with the formulas that it might follow, in NumPy and float64, on gradients that
+tell them apart. Results of PyTorch, Keras and pytorch_optimizer are in tests/fixtures/peers.npz,
+made by the script beside it; Optax and ours are run. Run it with
 
     python benchmarks/peers.py
     python benchmarks/peers.py --markdown    # the rows of the table in docs/comparison.md
@@ -23,7 +23,7 @@ from versions import versions
 
 import adamaxw
 
-# What switches float64 on is that of the tests.
+# The switch to float64 of the tests.
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from modes import x64
 
@@ -34,7 +34,7 @@ _RATES: dict[str, Any] = {"b1": B1, "b2": B2, "eps": EPS}
 
 
 class Formula(NamedTuple):
-    """One of the ways to write AdaMax down.
+    """One variant of AdaMax.
 
     Attributes:
         eps: where it stands: in the maximum, added to the norm, or nowhere.
@@ -110,7 +110,7 @@ def distance(got: np.ndarray, expected: np.ndarray) -> float:
 
 
 def _same(formula: Formula) -> tuple[str, Callable[[], Any]] | None:
-    """Our transformation that follows a formula, in words of code and made."""
+    """Our transformation that follows a formula, as code and as a function that makes it."""
     ways: dict[Formula, tuple[str, Callable[[], Any]]] = {
         Formula("in the maximum"): (
             "adamaxw.adamax(lr)",
@@ -137,7 +137,7 @@ def _same(formula: Formula) -> tuple[str, Callable[[], Any]] | None:
 
 
 def _problem(name: str) -> tuple[Any, Any]:
-    """Where a run starts, and its gradients."""
+    """Initial parameters and gradients."""
     start, grads = RUNS["start"], RUNS["gradients"]
     if "complex" in name:
         return start + 1j * start[::-1], grads + 1j * grads[:, ::-1]
@@ -167,7 +167,7 @@ FORMULAS = {
 
 
 def row(peer: str) -> Row:
-    """A peer of FORMULAS beside all formulas."""
+    """Compares a peer of FORMULAS with all formulas."""
     start, grads = _problem(peer)
     history = train(_LIVE[peer](), start, grads) if peer in _LIVE else RUNS[peer]
     formula = FORMULAS[peer]
@@ -184,12 +184,12 @@ def row(peer: str) -> Row:
 
 
 def rows() -> list[Row]:
-    """Every peer."""
+    """All peers."""
     return [row(peer) for peer in FORMULAS]
 
 
 def _figure(x: float) -> str:
-    """Round-off of float64 is not told apart: it depends on the machine."""
+    """Formats a difference; float64 round-off depends on the machine, so it is not resolved."""
     return "below 1e-12" if x < 1e-12 else f"{x:.1g}"
 
 

@@ -1,4 +1,4 @@
-"""The plots of the page of speed benchmarks."""
+"""The plots of the benchmarks page."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ _MARKERS = "osD^vP*X"
 
 
 def step_times(path: Path, rows: list[Row]) -> None:
-    """A dot with its quartiles for each contender, a panel for each tree."""
+    """One panel per tree; one dot per contender, with its quartiles."""
     timed = [row for row in rows if "ratio" in row]
     trees = sorted({row["tree"] for row in timed}, key=lambda tree: (count(shapes(tree)), tree))
     names = [name for name in CONTENDERS if any(row["contender"] == name for row in timed)]
@@ -49,7 +49,7 @@ def step_times(path: Path, rows: list[Row]) -> None:
 
 
 def growth(path: Path, rows: list[Row]) -> None:
-    """Time per parameter against the number of parameters, a line for each contender."""
+    """Time per parameter against the number of parameters, one line per contender."""
     timed = [row for row in rows if "seconds" in row]
     names = [name for name in CONTENDERS if any(row["contender"] == name for row in timed)]
     figure = Figure(figsize=(8.5, 5), layout="constrained")

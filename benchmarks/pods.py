@@ -1,8 +1,8 @@
-"""A training step compiled for whole TPU pods that are not there: communication, bytes a device.
+"""A training step compiled for whole TPU pods: communication and bytes per device.
 
 libtpu compiles for TPU on any machine; nothing is run. The step is a loss with two matrix products,
-its gradients, and the optimizer; the update alone is compiled with the shapes of Llama-3-8B, too.
-Run it in the environment that `make accelerators` sets up:
+its gradients, and the optimizer. The update alone is also compiled with the shapes of Llama-3-8B.
+Run it in the environment that `make accelerators` creates:
 
     .venv-accelerators/bin/python benchmarks/pods.py     # writes results/pods.json
 """
@@ -32,13 +32,13 @@ from adamaxw.sharding import bytes_a_device
 
 RESULTS = Path(__file__).parent / "results" / "pods.json"
 WIDTH = 8192  # of both matrices
-ROWS = 256  # of the batch, a device
+ROWS = 256  # of the batch, per device
 
 
 class Pod(NamedTuple):
-    """A topology, with one axis of the mesh for each dimension of its torus.
+    """A topology, with one mesh axis per dimension of its torus.
 
-    Moments, and with FSDP parameters, are spread over the first `spread` of these.
+    Moments, and with FSDP parameters too, are sharded over the first `spread` axes.
     """
 
     topology: str
@@ -49,14 +49,14 @@ class Pod(NamedTuple):
 V5E = Pod("v5e:16x16", (16, 16), 2)
 V6E = Pod("v6e:16x16", (16, 16), 2)
 V5P = Pod("v5p:16x16x16", (16, 16, 16), 3)
-# The largest slice on offer. 8192 is no multiple of 6,144.
+# The largest slice on offer. 8192 is not divisible by all 6,144 devices.
 V5P_LARGEST = Pod("v5p:16x16x24", (16, 16, 24), 2)
-# Two devices a chip.
+# Two devices per chip.
 V7X = Pod("tpu7x:16x16x16", (16, 16, 16, 2), 2)
 
 
 class Way(Enum):
-    """How gradients are summed, and what else differs from the recipe of docs/scaling.md."""
+    """How gradients are summed, and deviations from the recipe of docs/scaling.md."""
 
     AT_ONCE = "at once"
     UNPLACED = "at once, params without a sharding"
@@ -91,18 +91,18 @@ STEPS = (
         for fmt in (FORMATS[0], FORMATS[-1])
     ),
 )
-# With ZeRO-1 parameters and gradients are whole, which v5e has no memory for.
+# With ZeRO-1, parameters and gradients are not sharded, which does not fit on v5e.
 UPDATES = ((V5E, ("FSDP",)), (V5P, scaling.STRATEGIES))
 
 
 def devices_of(pod: Pod) -> Any:
-    """Devices that can be compiled for."""
+    """Devices to compile for."""
     os.environ |= chips.LIBTPU
     return topologies.get_topology_desc(topology_name=pod.topology, platform="tpu").devices
 
 
 def mesh_of(pod: Pod, devices: Any, axis_type: AxisType = AxisType.Auto) -> Mesh:
-    """The mesh, with the axes x, y, z, and the cores of a chip."""
+    """The mesh with axes x, y, z and core."""
     names = ("x", "y", "z", "core")[: len(pod.shape)]
     types = (axis_type,) * len(names)
     return jax.make_mesh(pod.shape, names, axis_types=types, devices=devices)
@@ -114,9 +114,9 @@ def loss(params: Any, batch: jax.Array) -> jax.Array:
 
 
 def compiled(job: Step, devices: Any) -> dict[str, Any]:
-    """Compiles a step, with params and state donated, and its update alone, from split gradients.
+    """Compiles a step, with params and state donated, and its update alone, on sharded gradients.
 
-    What the step communicates besides its update is of the loss and its gradients.
+    Collectives of the step that are not in the update belong to the loss and its gradients.
     """
     explicit = job.way is Way.EXPLICIT
     mesh = mesh_of(job.pod, devices, AxisType.Explicit if explicit else AxisType.Auto)
@@ -154,7 +154,7 @@ def compiled(job: Step, devices: Any) -> dict[str, Any]:
 
     where = jax.tree.map(lambda x: x.sharding, (params, state))
     given, donated = params, (0, 1)
-    if job.way is Way.UNPLACED:  # XLA then places them elsewhere than the new ones
+    if job.way is Way.UNPLACED:  # XLA then shards them differently from the new ones
         given = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
         donated = (1,)
     start = time.perf_counter()
@@ -190,12 +190,12 @@ def compiled(job: Step, devices: Any) -> dict[str, Any]:
 
 
 def communication(program: Any) -> Counter[str]:
-    """The collectives of a compiled program, with what they result in."""
+    """The collectives of a compiled program, with their results."""
     return Counter(" ".join(found) for found in scaling.collectives(program.as_text()))
 
 
 def without_optimizer(pod: Pod, devices: Any) -> list[dict[str, Any]]:
-    """What the compiler makes of a sum and of a gather of one array over all chips."""
+    """The compiled sum and gather of one array over all chips."""
     mesh = mesh_of(pod, devices)
     axes = mesh.axis_names
 

@@ -1,4 +1,4 @@
-"""Measuring processes: one for each job, so that nothing of one measurement is left in another."""
+"""Measuring processes, one per job, so that measurements do not affect each other."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Seconds without a row after which a process is given up.
+# Seconds without a row after which a process is killed.
 PATIENCE = 400
 _PROGRAM = Path(__file__).parent / "measure.py"
 _SETTINGS = {

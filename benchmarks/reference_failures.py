@@ -1,9 +1,9 @@
 """Where `optax.adamaxw` fails silently, and what `adamaxw` does there.
 
-Each row is a situation, run with both and beside the exact value. Run it with
+Each row is a situation, run with both and compared with the exact value. Run it with
 
     python benchmarks/reference_failures.py
-    python benchmarks/reference_failures.py --markdown    # the rows of the README's table
+    python benchmarks/reference_failures.py --markdown    # the rows of the table in the docs
 """
 
 import functools
@@ -23,7 +23,7 @@ import adamaxw
 
 
 class Row(NamedTuple):
-    """One situation and what comes of it.
+    """One situation and its results.
 
     Attributes:
         situation: what is done, in words.
@@ -109,7 +109,7 @@ def decay_lost_in_bfloat16() -> Row:
 
 
 def decay_with_the_default_rounding() -> Row:
-    """Unless asked, the sum is rounded to the nearest, as everywhere."""
+    """By default, the sum is rounded to nearest."""
     return Row(
         "the same with the defaults of both",
         _decayed(optax.adamaxw, jnp.bfloat16),
@@ -119,7 +119,7 @@ def decay_with_the_default_rounding() -> Row:
 
 
 def decay_with_float32_parameters() -> Row:
-    """The way round: parameters in float32, which the loss may still cast to bfloat16."""
+    """The fix: parameters in float32, which the loss may still cast to bfloat16."""
     return Row(
         "the same with float32 parameters",
         _decayed(optax.adamaxw, jnp.float32),

@@ -1,4 +1,4 @@
-"""The file of results: rows of figures, each with the run that measured it.
+"""Files of results: rows of figures, each with the run that measured it.
 
 {"runs": {"1": {"command", "date", "machine", "load", "versions"}},
  "step": [{"run", "tree", "contender", ...figures, or "skipped": why}], "eager": [...], ...}
@@ -32,7 +32,7 @@ Results = dict[str, Any]
 
 
 def load(path: Path) -> Results:
-    """The results so far, or none."""
+    """The results so far, if any."""
     return json.loads(path.read_text()) if path.exists() else {"runs": {}}
 
 
@@ -52,14 +52,14 @@ def write(path: Path, found: Results) -> None:
 
 
 def add_run(results: Results, run: dict[str, Any]) -> str:
-    """Adds what was run, and where; returns the key for the rows to come."""
+    """Adds a run; returns its key, for the rows that it measures."""
     key = str(1 + max((int(key) for key in results["runs"]), default=0))
     results["runs"][key] = run
     return key
 
 
 def merge(results: Results, section: str, rows: list[Row]) -> None:
-    """Puts rows in the place of those of the same tree and contender, and drops unused runs."""
+    """Replaces rows of the same tree and contender, and drops runs without rows."""
     kept = {_key(row): row for row in results.get(section, [])}
     results[section] = list((kept | {_key(row): row for row in rows}).values())
     used = {row["run"] for name in SECTIONS for row in results.get(name, [])}
@@ -103,7 +103,7 @@ def machine() -> dict[str, Any]:
 
 
 def _cpu() -> str:
-    """The model, which `platform` does not know on Linux."""
+    """The model of the processor, which `platform` does not report on Linux."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

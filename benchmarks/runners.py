@@ -1,4 +1,4 @@
-"""What every contender is given, and what it must be able to do."""
+"""What every contender is given, and the interface it implements."""
 
 from typing import Protocol
 
@@ -15,7 +15,7 @@ class Runner(Protocol):
     """An optimizer with parameters, state and sets of gradients, ready to step."""
 
     def prepare(self, index: int) -> None:
-        """Chooses the set of gradients of the steps to come; not timed."""
+        """Chooses the set of gradients for the next steps; not timed."""
         ...
 
     def step(self) -> None:
@@ -35,11 +35,11 @@ class Runner(Protocol):
         ...
 
     def analysis(self) -> dict[str, float]:
-        """What the compiler says of the step: "program_bytes", "temporaries"; else empty."""
+        """The compiler's figures for the step, "program_bytes" and "temporaries", if it has any."""
         ...
 
     def device_peak(self) -> int | None:
-        """Most bytes that were in use on an accelerator; None on a CPU."""
+        """Peak bytes in use on an accelerator; None on a CPU."""
         ...
 
 
@@ -47,13 +47,13 @@ class Implementation(Protocol):
     """How a contender is built."""
 
     def build(self, data: Data) -> Runner:
-        """With parameters, gradients and a fresh state."""
+        """A runner with parameters, gradients and a fresh state."""
         ...
 
     def eager(self, data: Data) -> Runner:
-        """Likewise, but each step is the update alone, without jit."""
+        """Likewise, but a step is the update alone, without jit."""
         ...
 
     def compile_times(self, tree: Shapes, dtype: str) -> dict[str, float]:
-        """Seconds of "trace" (with lowering; 0 where it is not apart) and "compile"."""
+        """Seconds of "trace" (with lowering; 0 if it is not separate) and "compile"."""
         ...

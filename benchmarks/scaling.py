@@ -1,9 +1,9 @@
-"""Llama 3 on 8 to 4,096 devices, on paper: bytes a device, and the update compiled for such meshes.
+"""Llama 3 on 8 to 4,096 devices: planned bytes per device, and the compiled update.
 
-The shapes are abstract, so that neither memory nor devices are needed: `jax.eval_shape`, an
-abstract mesh, and `adamaxw.sharding` say what each device would hold. Then the update is compiled
-for meshes of CPU devices that JAX only pretends to have, of which it takes up to 2,048; what the
-compiled program says of its memory and communication stands beside the plan. Run it with
+The shapes are abstract, so neither memory nor devices are needed: `jax.eval_shape`, an abstract
+mesh and `adamaxw.sharding` tell what each device would hold. With --compile, the update is also
+compiled for meshes of up to 2,048 virtual CPU devices, and memory and communication of the compiled
+program are compared with the plan. Run it with
 
     python benchmarks/scaling.py              # prints the plan
     python benchmarks/scaling.py --compile    # compiles, too; writes results/scaling.json
@@ -50,7 +50,7 @@ MODELS = {
 
 
 class Format(NamedTuple):
-    """What is stored, by the names of the arguments."""
+    """How parameters and moments are stored, by the names of the arguments."""
 
     dtype: str
     moment_dtype: str | None
@@ -61,7 +61,7 @@ class Format(NamedTuple):
         return f"{self.dtype}, {self.moment_dtype or 'float32'}{rounding}"
 
 
-# Float32 parameters are not rounded, and "stochastic" keeps nothing: it has the bytes of "nearest".
+# Float32 parameters are not rounded, and "stochastic" has the bytes of "nearest".
 FORMATS = (
     *(Format("float32", moments, "nearest") for moments in (None, "bfloat16", "uint8")),
     *(
@@ -73,7 +73,7 @@ FORMATS = (
 
 
 class Compiled(NamedTuple):
-    """An update to compile: model, devices along the axes "data" and "model", strategy, format."""
+    """An update to compile; `data` and `tensor` are the devices along the two mesh axes."""
 
     model: str
     data: int
@@ -95,7 +95,7 @@ COMPILED = (
 
 
 def shapes(model: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters, with the layers stacked, as for `jax.lax.scan` over them."""
+    """Shapes of the parameters, with layers stacked as for `jax.lax.scan`."""
     width, hidden, layers = MODELS[model]
     layer = {
         "query": (width, width),
@@ -113,14 +113,14 @@ def shapes(model: str) -> dict[str, tuple[int, ...]]:
 
 
 def parameters(model: str) -> int:
-    """Their number."""
+    """Number of parameters."""
     return sum(map(math.prod, shapes(model).values()))
 
 
 def place(shape: tuple[int, ...], mesh: Any, strategy: str) -> NamedSharding:
-    """Where a parameter lies: split over "model", and with FSDP over "data", if there is a way.
+    """The sharding of a parameter: split over "model", and with FSDP over "data", if possible.
 
-    Each along the largest dimension that divides and is free.
+    Each axis splits the largest dimension that is divisible and not yet split.
     """
     spec: list[Any] = [None] * len(shape)
     for axis in ("model", "data") if strategy == "FSDP" else ("model",):
@@ -140,7 +140,7 @@ class Run(NamedTuple):
 
 
 def run(optimizer: Any, model: str, dtype: str, mesh: Any, strategy: str) -> Run:
-    """What lies on the mesh when the gradients are there. With ZeRO-1 those are whole."""
+    """What the mesh holds once gradients are computed; with ZeRO-1 those are not sharded."""
     params: Any = {
         name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place(shape, mesh, strategy))
         for name, shape in shapes(model).items()
@@ -156,7 +156,7 @@ def optimizer_of(fmt: Format) -> optax.GradientTransformationExtraArgs:
 
 
 def plan(model: str) -> list[str]:
-    """A table in Markdown: gigabytes a device of parameters, gradients and state."""
+    """A table in Markdown: gigabytes per device of parameters, gradients and state."""
     columns = [f"{strategy}, {n:,}" for strategy in STRATEGIES for n in DEVICES]
     lines = [
         f"| parameters | moments | rounding | {' | '.join(columns)} |",
@@ -183,16 +183,16 @@ def plan(model: str) -> list[str]:
 
 
 def _gb(size: float) -> str:
-    """In units of 10^9 bytes, three digits."""
+    """Gigabytes (10^9 bytes), to three digits."""
     digits = max(0, 2 - math.floor(math.log10(max(size, 1) / 1e9)))
     return f"{size / 1e9:,.{min(digits, 4)}f}"
 
 
 def collectives(text: str) -> list[tuple[str, str]]:
-    """The communication in compiled HLO: the kind of each, and the shapes that it results in.
+    """The collectives in compiled HLO: kind and shape of each result.
 
-    For TPU, XLA writes one that is asynchronous into several fusions, of which the first counts,
-    and a reduce-scatter as a fusion of an all-reduce and a slice.
+    For TPU, XLA spreads an asynchronous collective over several fusions, of which the first counts,
+    and writes a reduce-scatter as a fusion of an all-reduce and a slice.
     """
     kinds = (
         "all-gather|all-reduce|all-to-all|ragged-all-to-all|reduce-scatter|collective-permute|"
@@ -207,7 +207,7 @@ def collectives(text: str) -> list[tuple[str, str]]:
             if head.startswith("%all-reduce-scatter"):
                 kind, result = "reduce-scatter", head.partition("->")[2]
             shapes = re.findall(r"\w+\[[\d,]*\]", result)
-            if start and kind != "all-reduce":  # what goes in, what comes out, and counters
+            if start and kind != "all-reduce":  # operands, results and counters
                 shapes = shapes[1:2]
             found += [(kind, shape) for shape in shapes]
     return found
@@ -271,11 +271,11 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="for CPU devices, up to 2,048")
     args = parser.parse_args()
     for model in MODELS:
-        print(f"{model}, {parameters(model):,} parameters; GB a device, of them (state)\n")
+        print(f"{model}, {parameters(model):,} parameters; GB per device, of which (state)\n")
         print("\n".join(plan(model)), "\n")
     if not args.compile:
         return
-    # Needs no memory for any of them. At 2,048 the process is full.
+    # These devices need no memory; more than 2,048 do not fit in one process.
     jax.config.update("jax_num_cpu_devices", 2048)
     rows = []
     for job in COMPILED:

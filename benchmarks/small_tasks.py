@@ -57,7 +57,7 @@ def word2vec(opt: Any, key: Any, steps: int) -> jax.Array:
 
 
 def language_model(opt: Any, key: Any, steps: int) -> jax.Array:
-    """A transformer of one layer on the source of `argparse`; held-out nats a byte."""
+    """A transformer of one layer on the source of `argparse`; held-out nats per byte."""
     width, context, batch = 32, 16, 16
     text = np.minimum(np.frombuffer(Path(argparse.__file__).read_bytes(), np.uint8), 127)
     windows = jnp.asarray(np.lib.stride_tricks.sliding_window_view(text, context + 1), jnp.int32)

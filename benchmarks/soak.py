@@ -1,4 +1,4 @@
-"""A million small steps in every format and rounding, beside float64: does any error grow?
+"""A million small steps in every format and rounding, compared with float64: do errors grow?
 
 One vector of parameters, never set right. Most elements take gradients of the kinds of the tests,
 tilted towards one sign and then the other, 250,000 steps each: what a step gets wrong adds up. The
@@ -31,7 +31,7 @@ from versions import versions
 
 import adamaxw
 
-# The oracle and the gradients are those of the tests.
+# The oracle and the gradients of the tests.
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from gradients import gradients
 from modes import apply_updates

@@ -1,4 +1,4 @@
-"""How fast a step is, what it moves, holds and costs to compile, beside what else there is.
+"""Time, memory traffic, memory and compile time of a step, compared with other optimizers.
 
 Each section measures on each tree in processes of its own, and its rows go into the file of results
 as they come; rows of other sections, trees and contenders stay there. Run it with
@@ -29,9 +29,9 @@ from trees import LEAF, shapes
 HERE = Path(__file__).parent
 OUTPUT = HERE / "results" / "speed-cpu.json"
 
-# Seconds that the rounds of one contender may take.
+# Seconds for the rounds of one contender.
 _BUDGET = 4.0
-# Fresh processes for the times to compile, but only one where it takes longer than this.
+# Fresh processes for compile times, but only one if it takes longer than `_QUICK` seconds.
 _REPEATS_COMPILE = 3
 _QUICK = 15.0
 
@@ -49,9 +49,9 @@ _OTHERS = [
 ]
 _GROWING = [REFERENCE.name, _FLOAT32[0], _FLOAT32[2], "torch.optim.Adamax, loop"]
 
-# What is measured where nothing is asked for: all on trees of usual size, less on those that take
-# long. A contender that is not listed for a tree was not run there, and the page does not show it.
-# XLA takes 20 GB to compile a uint8 step of the 2,566 leaves of nvae-cifar10.
+# What is measured by default: all contenders on trees of usual size, fewer where it takes long. A
+# contender that is not listed for a tree was not run there, and the page does not show it. XLA
+# takes 20 GB to compile a uint8 step of the 2,566 leaves of nvae-cifar10.
 PLAN: dict[str, dict[str, list[str]]] = {
     "step": {
         "resnet-50": [REFERENCE.name, *_FLOAT32, *_OTHERS],
@@ -78,7 +78,7 @@ PLAN: dict[str, dict[str, list[str]]] = {
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line, checked; `jobs` is what is to be run, as (section, tree, contenders)."""
+    """Parses the command line; `jobs` lists what to run, as (section, tree, contenders)."""
     parser = argparse.ArgumentParser(description="Measure the speed of adamaxw and its peers.")
     parser.add_argument("--sections", nargs="+", choices=PLAN, default=list(PLAN))
     parser.add_argument("--trees", nargs="+", help=f"names in the JSON, or {LEAF}<n>")
@@ -116,7 +116,7 @@ def _fits_section(section: str, name: str) -> bool:
 
 
 def command(args: argparse.Namespace) -> str:
-    """The command as anyone would type it, without the place of the output."""
+    """The command as one would type it, without the output path."""
     flags = os.environ.get("XLA_FLAGS")
     words = [f"XLA_FLAGS={flags}"] if flags else []
     words += ["python", "benchmarks/speed.py"]
@@ -129,7 +129,7 @@ def command(args: argparse.Namespace) -> str:
 
 
 def measured(section: str, tree: str, names: list[str], rounds: int) -> Iterator[results.Row]:
-    """A row for each contender, in any case: figures, or "skipped" and why."""
+    """A row per contender, with figures or with "skipped" and the reason."""
     pending = []
     for name in names:
         why = CONTENDERS[name].missing()
@@ -148,12 +148,12 @@ def measured(section: str, tree: str, names: list[str], rounds: int) -> Iterator
                 pending.remove(row["contender"])
                 yield row
         except RuntimeError as error:
-            # The process is gone, and with it the reference: the others get a new one.
+            # The process is gone, and the reference with it: the others get a new one.
             yield {"contender": pending.pop(0), "skipped": str(error)}
 
 
 def _cold(section: str, tree: str, name: str) -> results.Row:
-    """One row from fresh processes: several where that is quick, since compiling varies."""
+    """One row from fresh processes; several if they are quick, because compile times vary."""
     job = {"section": section, "tree": tree, "contenders": [name]}
     rows = []
     try:
@@ -171,7 +171,7 @@ def _cold(section: str, tree: str, name: str) -> results.Row:
 
 
 def summary(section: str, tree: str, rows: list[results.Row]) -> Table:
-    """What was just measured, for the terminal."""
+    """A table of what was just measured, for the terminal."""
     figures = ("ratio", "seconds", "trace", "compile", "state_bytes", "peak_bytes")
     shown = [figure for figure in figures if any(figure in row for row in rows)]
     table = Table(title=f"{section}, {tree}", title_justify="left")
@@ -190,7 +190,7 @@ def summary(section: str, tree: str, rows: list[results.Row]) -> Table:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measures what the command line asks for, and writes each row when it comes."""
+    """Measures what the command line asks for, and writes each row at once."""
     args = parse(argv)
     console = Console()
     found = results.load(args.output)
@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
             "command": command(args),
             "date": datetime.date.today().isoformat(),
             "machine": results.machine() | device,
-            # Of all processes in the minute before: on a busy machine the figures are worth little.
+            # Of the minute before: on a busy machine the figures are worth little.
             "load": round(psutil.getloadavg()[0], 2),
             "versions": results.versions(),
         },

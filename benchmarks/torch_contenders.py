@@ -1,4 +1,4 @@
-"""Contenders of PyTorch: its Adamax in three ways, and that of pytorch_optimizer.
+"""Contenders in PyTorch: its Adamax in three variants, and that of pytorch_optimizer.
 
 Torch is imported by name: it may be absent.
 """
@@ -19,7 +19,7 @@ class TorchRunner:
 
     def __init__(self, optimizer: Any, compiled: bool, data: Data):
         self._torch: Any = importlib.import_module("torch")
-        # As many as XLA takes.
+        # As many as XLA uses.
         self._torch.set_num_threads(os.cpu_count() or 1)
         self._device = "cuda" if jax.default_backend() == "gpu" else "cpu"
         self._params = {
@@ -35,11 +35,11 @@ class TorchRunner:
 
     def _on_device(self, leaves: Leaves) -> Any:
         for name, value in leaves:
-            # A copy: the memory of NumPy's is part of a longer array.
+            # A copy, because NumPy's memory is part of a longer array.
             yield name, self._torch.from_numpy(value).to(self._device, copy=True)
 
     def prepare(self, index: int) -> None:
-        """Hands over the set of gradients, as `backward` does."""
+        """Sets the gradients, as `backward` does."""
         gradients = self._sets[index % len(self._sets)]
         for param, gradient in zip(self._params.values(), gradients, strict=True):
             param.grad = gradient
@@ -67,11 +67,11 @@ class TorchRunner:
         return {name: p.detach().cpu().numpy() for name, p in self._params.items()}
 
     def analysis(self) -> dict[str, float]:
-        """Nothing: PyTorch does not say."""
+        """Nothing: PyTorch does not report any."""
         return {}
 
     def device_peak(self) -> int | None:
-        """Most bytes that PyTorch had in use on the GPU."""
+        """Peak bytes that PyTorch used on the GPU."""
         return self._torch.cuda.max_memory_allocated() if self._device == "cuda" else None
 
 
@@ -105,11 +105,11 @@ class Optimizer:
         return TorchRunner(self._optimizer, self._compiled, data)
 
     def eager(self, data: Data) -> TorchRunner:
-        """There is no update apart from its application."""
+        """Not available: the update is not separate from its application."""
         raise NotImplementedError("PyTorch has no update without its application")
 
     def compile_times(self, tree: Shapes, dtype: str) -> dict[str, float]:
-        """Seconds that the first two steps take beyond two later ones.
+        """Seconds of the first two steps minus those of two later ones.
 
         The second step compiles again: the first one made the state.
         """

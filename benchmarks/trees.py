@@ -1,4 +1,4 @@
-"""The trees of parameters that are stepped, and the numbers in them."""
+"""The trees of parameters that are measured, and the values in them."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ FILE = Path(__file__).parent / "parameter_trees.json"
 LEAF = "leaf-"
 # PyTorch and Equinox have the kernel's height and width last, Flax has them first.
 KERNELS_FIRST = "-hwio"
-# Numbers are drawn once and repeated: drawing a billion would take longer than all steps.
+# Values are drawn once and repeated: drawing a billion would take longer than all steps.
 _BLOCK = 2**20
 
 Shapes = dict[str, tuple[int, ...]]
@@ -21,7 +21,7 @@ Leaves = Iterator[tuple[str, np.ndarray]]
 
 
 def stated() -> dict[str, tuple[int, int]]:
-    """Numbers of leaves and of parameters that the file states, for each model in it."""
+    """Numbers of leaves and parameters that the file states, per model."""
     return {
         name: (tree["leaves"], tree["parameters"])
         for name, tree in json.loads(FILE.read_text()).items()
@@ -70,7 +70,7 @@ def count(tree: Shapes) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Parameters and gradients of a tree, the same whenever they are asked for.
+    """Reproducible parameters and gradients of a tree.
 
     Leaves come one by one, so that never more than one is in memory besides those of the optimizer.
 

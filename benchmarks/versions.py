@@ -1,4 +1,4 @@
-"""What a figure depends on besides the script that prints it."""
+"""The software and machine behind a figure."""
 
 import platform
 

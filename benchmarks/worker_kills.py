@@ -1,8 +1,8 @@
-"""What `examples/distributed.py` loses when one of its processes is killed: nothing.
+"""Kills processes of `examples/distributed.py`, and checks that nothing is lost.
 
-As `kills.py`, but one process of a job is killed with SIGKILL, drawn from a seed like the moment:
-the one that coordinates the others included. The job must then end by itself, with a line that says
-so, and leave no process. The same command goes on. Run it with
+Like `kills.py`, but SIGKILL hits one process of a job, drawn at random like the moment, including
+the one that coordinates the others. The job must then end by itself, with a line that says so and
+without leaving a process behind, and the same command must resume. Run it with
 
     python benchmarks/worker_kills.py    # kills up to 28 times, writes results/worker_kills.json
 """
@@ -51,7 +51,7 @@ def kill_worker(launcher: Any, rng: random.Random) -> None:
 
 
 def job(processes: int) -> kills.Program:
-    """A job of so many processes, with a CPU device each."""
+    """A job of some number of processes, with one CPU device each."""
     flags = ["--processes", str(processes), "--devices", "1"]
     line = (
         rf"distributed\.py: error: process \d of {processes} was killed by SIGKILL; "
@@ -63,7 +63,7 @@ def job(processes: int) -> kills.Program:
 
 
 def summary(totals: dict[str, Any]) -> str:
-    """What was found, on one line."""
+    """The results in one line."""
     return (
         "{kills} kills of one process, {while_writing} of them with a checkpoint half written: "
         "{losses} losses; the job ended {longest_seconds} s later at most".format(**totals)
@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Kill processes of examples/distributed.py.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file to write")
     args = parser.parse_args()
-    # Of every start, most is compilation.
+    # Most of a start is compilation.
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     runs, ends = [], {}
     with tempfile.TemporaryDirectory() as name:
