@@ -1,4 +1,4 @@
-"""The size and shape of the project beside the limits it keeps to; `make figures` prints them.
+"""The size and shape of the project, with limits; `make figures` prints them.
 
 Exits with status 1 if a limit is missed. The seconds of the tests are those of the last complete
 `make test` and `make test-all`, which leave a JUnit report in `output/`.
@@ -23,7 +23,7 @@ REPORTS = {"make test": "junit-fast.xml", "make test-all": "junit-all.xml"}
 
 @dataclass(frozen=True)
 class Figure:
-    """A number, how it prints, and the limits that it keeps to; None where there is none."""
+    """A number, its text, and its limits, if it has any."""
 
     name: str
     value: float | None
@@ -34,7 +34,7 @@ class Figure:
 
     @property
     def limit(self) -> str:
-        """The limits in words, or nothing."""
+        """The limits in words; empty without any."""
         if self.most is None:
             return ""
         if self.least is None:
@@ -43,7 +43,7 @@ class Figure:
 
     @property
     def met(self) -> bool | None:
-        """Whether the limits are kept; None without a limit or a value."""
+        """Whether the value is within the limits; None without a limit or a value."""
         if self.value is None or self.most is None:
             return None
         return (self.least or 0) <= self.value <= self.most
@@ -110,7 +110,7 @@ def _span(first: ast.stmt, last: ast.stmt) -> range:
 
 
 def floors(package: Path) -> list[list[str]]:
-    """Modules by the longest chain of imports inside the package below them.
+    """Modules by the longest chain of imports below them inside the package.
 
     `__init__.py` does not count; what is imported from it counts as the module it comes from.
     Imports inside functions count, those under `if TYPE_CHECKING` do not.
@@ -159,7 +159,7 @@ def _imports(path: Path, package: str) -> Iterator[tuple[str, ast.alias]]:
 
 
 def seconds(report: Path) -> tuple[float | None, str]:
-    """Wall seconds of a run of the tests from its JUnit report, and how they print."""
+    """Wall seconds of a test run, from its JUnit report, and their text."""
     if not report.exists():
         return None, "not run yet"
     suites = ElementTree.parse(report).getroot().iter("testsuite")
@@ -172,7 +172,7 @@ def seconds(report: Path) -> tuple[float | None, str]:
 
 
 def figures(root: Path = ROOT) -> Iterator[Figure]:
-    """Every figure, in the order in which they print."""
+    """All figures, in the order of the table."""
     package = root / "src" / "adamaxw"
     sources = {path.name: read(path) for path in sorted(package.rglob("*.py"))}
     largest = max(sources, key=lambda name: sources[name].lines)
