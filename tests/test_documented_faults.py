@@ -209,7 +209,7 @@ def test_updates_of_exact_under_strict_promotion():
     assert_equal(wide.astype(jnp.bfloat16), optax.apply_updates(params, updates))
 
 
-# docs/frameworks.md ------------------------------------------------------------------------------
+# docs/frameworks/ -------------------------------------------------------------------------------
 
 
 def test_paths_of_boxes_of_linen():
