@@ -53,13 +53,12 @@ def test_refuses_bad_flags(main, flags, named, tmp_path, monkeypatch, capsys):
     [
         (["--dtype", "bfloat16", "--moments", "uint8", "--rounding", "stochastic"], (2.0, 2.0)),
         pytest.param(["--optimizer", "optax.adamw"], (4.0, 8.0), marks=pytest.mark.slow),
-        pytest.param(["--moments", "bfloat16"], (4.0, 4.0), marks=pytest.mark.slow),
     ],
 )
 def test_language_model_trains(flags, sizes, tmp_path, capsys):
     """In a few steps the loss falls clearly; the bytes printed are those of the arrays."""
     # Optax raises a float to an int32 power, which strict promotion refuses.
-    with jax.numpy_dtype_promotion("standard"):
+    with jax.numpy_dtype_promotion("standard" if "optax.adamw" in flags else "strict"):
         flags = [*_SMALL, *flags, "--steps", "40", "--output", str(tmp_path)]
         assert language_model.main(flags) == 0
     printed, errors = capsys.readouterr()
@@ -71,16 +70,6 @@ def test_language_model_trains(flags, sizes, tmp_path, capsys):
     found = re.search(r"([\d.]+) for parameters, ([\d.]+) for the optimizer's state", printed)
     assert tuple(map(float, found.groups())) == pytest.approx(sizes, abs=0.011)
     assert matplotlib.image.imread(tmp_path / "loss.png", "png").shape[:2] == (600, 960)
-
-
-def test_files_are_held_out_whole(tmp_path):
-    for i in range(30):
-        (tmp_path / f"{i:02}.py").write_bytes(bytes([i] * 100))
-    sources = language_model.read_sources(tmp_path, max_bytes=2500)
-    assert list(sources) == [f"{i:02}.py" for i in range(25)]
-    split = language_model.split_sources(sources)
-    assert set(split.held_out) == {"09.py", "19.py"}
-    assert set(split.train) == set(sources) - set(split.held_out)
 
 
 def test_divergence_is_an_error(tmp_path, capsys, monkeypatch):
@@ -98,7 +87,7 @@ def test_divergence_is_an_error(tmp_path, capsys, monkeypatch):
 )
 def test_vae_trains(optimizer, tmp_path, capsys):
     """A few epochs cut the held-out negative ELBO by more than half."""
-    with jax.numpy_dtype_promotion("standard"):
+    with jax.numpy_dtype_promotion("strict" if optimizer == "adamaxw" else "standard"):
         assert vae.main(["--optimizer", optimizer, "--epochs", "6", "--output", str(tmp_path)]) == 0
     printed, errors = capsys.readouterr()
     rows = re.findall(r"(?:before|after) training(.*)", printed)
@@ -145,10 +134,6 @@ def _flip_a_bit(checkpoint):
     file.write_bytes(content)
 
 
-def _without_metadata(checkpoint):
-    (checkpoint / "_CHECKPOINT_METADATA").unlink()
-
-
 def _renamed(checkpoint):
     shutil.rmtree(checkpoint)
     shutil.copytree(checkpoint.with_name("5"), checkpoint)
@@ -162,7 +147,6 @@ def _renamed(checkpoint):
     ("damage", "why"),
     [
         (_flip_a_bit, "its checksum differs"),
-        pytest.param(_without_metadata, r"\w+", marks=pytest.mark.slow),
         pytest.param(_renamed, "it was saved as step 5", marks=pytest.mark.slow),
     ],
 )
