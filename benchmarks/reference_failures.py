@@ -257,7 +257,7 @@ def state_memory() -> list[Row]:
     ]
     return [
         Row(
-            f"{jnp.dtype(dtype).name} parameters: bytes of state a parameter"
+            f"{jnp.dtype(dtype).name} parameters: bytes of state per parameter"
             + "".join(f', `{name}="{value}"`' for name, value in options.items()),
             bytes_a_parameter(dtype, optax.adamaxw),
             bytes_a_parameter(dtype, adamaxw.adamaxw, **options),
