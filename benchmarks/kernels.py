@@ -36,7 +36,7 @@ def loops(
     scale = fmt.rescale(jnp.float32(1e-8), jnp.float32(1e-8))
     mu, nu = fmt.encode(0.3 * g, jnp.abs(g) + 1e-3, scale, noise)
     count = jnp.int32(7)
-    constants = _rule.Constants(_rule.Decay.of(0.9), _rule.Decay.of(0.999), 1e-8)
+    constants = _rule.Constants(_rule.DecayRate.of(0.9), _rule.DecayRate.of(0.999), 1e-8)
 
     def step(g: Any, mu: Any, nu: Any, p: Any, scale: Any, count: Any, what: str) -> Any:
         drawn = noise
@@ -46,7 +46,7 @@ def loops(
         mu, nu = fmt.step(g, (mu, nu), (scale, new_scale), drawn, constants)
         ratio = fmt.ratio(mu, nu, new_scale, jnp.float32)
         rate = jnp.float32(1e-3) / _rule.bias_correction(constants.b1, count.astype(jnp.float32))
-        return mu, nu, p + _rule.next_step(ratio, p, rate=rate, decay=1e-7)
+        return mu, nu, p + _rule.next_step(ratio, p, step_size=rate, decay_factor=1e-7)
 
     arguments = g, mu, nu, p, scale, count
     return {

@@ -1,10 +1,10 @@
-"""Walks two states side by side, converts moments, ours or Optax's, and keeps everything else.
+"""Converts the state of one optimizer for another: ours in any format and Optax's, in any wrapper.
 
 The state of `optax.adamaxw` and `optax.adamax` is a chain: the moments, then the states of the
 weight decay and the learning rate, each of which is a count or empty.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,217 +13,134 @@ import optax
 from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten_with_path, tree_leaves_with_path
 
-from adamaxw import _formats, _leaves
-from adamaxw._state import AdamaxState
+from adamaxw import _checks, _leaves
+from adamaxw._formats import WIDE
+from adamaxw._state import AdamaxState, is_state
 
-# From `state`, `like` and the name of `like` to `state` in the format of `like`; that of
-# `moment_dtype=None` where `like` is None.
-Reformat = Callable[[AdamaxState, AdamaxState | None, str], AdamaxState]
+# Encodes the moments of a state in the format of a `moment_dtype`, for an eps.
+Repack = Callable[[AdamaxState, Any, Any], AdamaxState]
 
-# |m_t| <= u_t (1 - b1) / (1 - b1 / b2), see docs/numerics.md. That is at most 2 u_t if the norm
-# remembers at least twice as long as the first moment: 1 - b2 <= (1 - b1) / 2.
-_LARGEST_RATIO = 2
-
-_HINT = (
-    ". Both must be as init of an optimizer makes them: restore a checkpoint as "
-    "jax.eval_shape(optimizer.init, params)"
-)
+_HINT = ". Restore a checkpoint into jax.eval_shape(optimizer.init, params)"
 
 
-def convert(state: Any, like: Any, reformat: Reformat) -> list[Any]:
+def convert(state: Any, like: Any, repack: Repack, path: Any = ()) -> list[Any]:
     """The leaves of what `moments.convert` returns, in the order of `like`."""
-    leaves = []
-    for path, part, other in _side_by_side(state, like):
-        if isinstance(part, AdamaxState) or isinstance(other, AdamaxState):
-            leaves += _converted(part, other, reformat, keystr(path))
-        else:
-            leaves.append(_kept(part, other, keystr(path)))
-    return leaves
+    where = keystr(path)
+    if is_state(state) or is_state(like):
+        return _converted(state, like, repack, where)
+    if type(state) is type(like) is tuple and len(state) != len(like):
+        state, like = _aligned(state, like)
+    parts, treedef = tree_flatten_with_path(state, is_leaf=lambda x: x is not state)
+    others, goal = jax.tree.flatten(like, is_leaf=lambda x: x is not like)
+    if treedef != goal:
+        raise ValueError(f"state{where} and like{where} differ: {treedef}, {goal}{_HINT}")
+    if jax.tree_util.all_leaves([state]):
+        return [_fitted(state, like, f"state{where}", f"like{where}")]
+    pairs = zip(parts, others, strict=True)
+    return [x for (key, part), other in pairs for x in convert(part, other, repack, path + key)]
 
 
 def put(moments: AdamaxState, like: Any) -> Any:
-    """`like` with other moments, for which it must have exactly one place."""
-    leaves, treedef = jax.tree.flatten(like, is_leaf=_has_moments)
-    places = [i for i, leaf in enumerate(leaves) if _has_moments(leaf)]
+    """`like` with other moments; it must contain the state of exactly one AdaMax optimizer."""
+    nodes = jax.tree.leaves(like, is_leaf=_has_moments)
+    places = [node for node in nodes if _has_moments(node)]
     if len(places) != 1:
-        raise ValueError(
-            "like must have the state of one adamaxw or adamax for Moments to go to, got "
-            f"{len(places)}"
-        )
-    leaves[places[0]] = moments
-    return treedef.unflatten(leaves)
+        raise ValueError(f"like must have one state of adamaxw or adamax, got {len(places)}")
+    return jax.tree.map(lambda x: moments if x is places[0] else x, like, is_leaf=_has_moments)
 
 
-def _side_by_side(state: Any, like: Any, path: Any = ()) -> Iterator[tuple[Any, Any, Any]]:
-    """Pairs each AdamaxState, and each other leaf, with its counterpart; the path comes first."""
-    if isinstance(state, AdamaxState) or isinstance(like, AdamaxState):
-        yield path, state, like
-        return
-    if type(state) is type(like) is tuple and len(state) != len(like):
-        state, like = _nested(state, like)
-    parts, treedef = tree_flatten_with_path(state, is_leaf=lambda x: x is not state)
-    others, other_treedef = jax.tree.flatten(like, is_leaf=lambda x: x is not like)
-    if treedef != other_treedef:
-        where, words = keystr(path), (_describe(state), _describe(like))
-        same = ", whose static fields differ: pass the states of the optimizers alone"
-        raise ValueError(
-            f"state{where} and like{where} differ in structure: {' and '.join(words)}"
-            + (same if words[0] == words[1] else _HINT)
-        )
-    if jax.tree_util.all_leaves([state]):
-        yield path, state, like
-        return
-    for (key, part), other in zip(parts, others, strict=True):
-        yield from _side_by_side(part, other, path + key)
-
-
-def _nested(state: tuple[Any, ...], like: tuple[Any, ...]) -> Any:
-    """Aligns two chains, one of which has `scale_by_adamax` and more in place of `adamaxw`.
-
-    Such as `chain(clip, scale_by_adamax(), add_decayed_weights(wd), scale_by_learning_rate(lr))`
-    and `chain(clip, adamaxw(lr, weight_decay=wd))`. Both become dicts by the index in `state`, with
-    the parts of `adamaxw` as one tuple. Chains that do not fit are returned as they are.
-    """
-    shorter, longer = sorted((state, like), key=len)
-    places = [i for i, part in enumerate(longer) if isinstance(part, optax.ScaleByAdamState)]
-    start = places[0] if len(places) == 1 else len(longer)
-    end = start + 1 + len(longer) - len(shorter)
-    if end > len(longer):
+def _aligned(state: tuple[Any, ...], like: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Nests `scale_by_adamax` and its companions in one chain where the other has `adamaxw`."""
+    # Such as `chain(clip, scale_by_adamax(), add_decayed_weights(wd), scale_by_learning_rate(lr))`
+    # beside `chain(clip, adamaxw(lr, weight_decay=wd))`.
+    longer, extra = max(state, like, key=len), abs(len(state) - len(like))
+    starts = [i for i, part in enumerate(longer) if isinstance(part, optax.ScaleByAdamState)]
+    if len(starts) != 1:
         return state, like
-    keys = [i for i in range(len(state)) if longer is like or not start < i < end]
+    start, end = starts[0], starts[0] + 1 + extra
     nested = (*longer[:start], longer[start:end], *longer[end:])
-    chains = (state, nested) if longer is like else (nested, like)
-    return [dict(zip(keys, chain, strict=True)) for chain in chains]
+    return (state, nested) if longer is like else (nested, like)
 
 
-def _converted(state: Any, like: Any, reformat: Reformat, where: str) -> list[Any]:
+def _converted(state: Any, like: Any, repack: Repack, where: str) -> list[Any]:
     """The leaves of `like`, a state of ours or of Optax, with the moments of `state`."""
-    name, other_name = f"state{where}", f"like{where}"
-    for each, node in ((name, state), (other_name, like)):
+    name, other = f"state{where}", f"like{where}"
+    for each, node in ((name, state), (other, like)):
         if not _has_moments(node):
-            raise TypeError(
-                f"no state of adamaxw or adamax at {each}, but {_describe(node)}{_HINT}"
-            )
-    source = _widened(state)
-    is_ours = isinstance(like, AdamaxState)
-    goal = like if is_ours else AdamaxState(*_chain(like)[0])
-    _check_alike(name, source, other_name, goal)
-    if source is not state:
-        _check_optax(name, state)
-    new = reformat(source, like if is_ours else None, other_name)
-    moments = jax.tree.leaves((new.mu, new.nu))
-    (_, *rows), number = tree_leaves_with_path(like), len(moments)
-    for i, (path, x) in enumerate(rows[:number]):
-        leaf = f"{other_name}{keystr(path)}"
-        moments[i] = _cast(leaf, moments[i], x.dtype, is_norm=2 * i >= number)
+            parts = [type(part).__name__ for part in _chain(node)]
+            raise TypeError(f"{each} must be a state of adamaxw or adamax, got {parts}{_HINT}")
+    source = state if is_state(state) else _from_optax(name, *_chain(state))
+    goal = like if is_state(like) else AdamaxState(*_chain(like)[0])
+    _checks.check_structures(f"{name}.mu", source.mu, f"{other}.mu", goal.mu)
+    # bfloat16 moments of Optax are those of bfloat16 parameters, not our format of that name.
+    formats = _formats_of(goal) if is_state(like) else {WIDE}
+    if not formats:  # no leaf trains
+        new = source._replace(nu_scale=goal.nu_scale)
+    elif formats == _formats_of(source):
+        new = source
+    else:
+        eps = 1e-8 if goal.nu_scale is None else goal.nu_scale
+        if isinstance(eps, jax.ShapeDtypeStruct):
+            raise TypeError(f"{other}.nu_scale must be an array, from which eps is read, got {eps}")
+        new = repack(source, formats.pop().name, eps)
+
     count = jnp.asarray(source.count, jnp.int32)
-    if not is_ours:
-        # Copies, because a buffer that is in a state twice cannot be donated.
-        return [count, *moments, *(jnp.array(count, x.dtype) for _, x in rows[number:])]
-    residual, seed = source.residual, None
-    if residual is None:
-        # New residuals are placed like the moments.
-        pairs = zip(jax.tree.leaves(source.mu), jax.tree.leaves(like.residual), strict=False)
-        residual = [jnp.zeros_like(m, dtype=x.dtype) for m, x in pairs]
-    if like.seed is not None:
-        seed = jnp.zeros_like(count, dtype=jnp.uint32) if source.seed is None else source.seed
-    return [count, *moments, *jax.tree.leaves((new.nu_scale, residual, seed))]
-
-
-def _check_alike(name: str, state: AdamaxState, other_name: str, like: AdamaxState) -> None:
-    """Refuses states that belong to other parameters, and residuals that would be lost."""
-    trees = {}
-    for each, node in ((name, state), (other_name, like)):
-        _leaves.check_count(f"{each}.count", node.count)
-        for field, dtype in (("nu_scale", jnp.float32), ("seed", jnp.uint32)):
-            x = getattr(node, field)
-            if x is not None and not _leaves.is_array(x, dtype):
-                raise TypeError(
-                    f"{each}.{field} must be as init makes it, got {_leaves.describe(x)}"
-                )
-        trees |= {f"{each}.mu": node.mu, f"{each}.nu": node.nu}
-        if node.residual is not None:
-            trees[f"{each}.residual"] = node.residual
-    first = f"{name}.mu"
-    for there, tree in trees.items():
-        _leaves.check_structures(first, state.mu, there, tree)
-    paths = [keystr(path) for path, _ in tree_leaves_with_path(state.mu)]
-    for path, *leaves in zip(paths, *map(jax.tree.leaves, trees.values()), strict=True):
-        row = dict(zip(trees, leaves, strict=True))
-        for there, x in row.items():
-            if not _leaves.is_numeric(x):
-                raise TypeError(f"{there}{path} must be an array, got {_leaves.describe(x)}")
-            if x.shape != row[first].shape:
-                raise ValueError(
-                    f"{first}{path} has shape {row[first].shape}, {there}{path} has {x.shape}"
-                )
-        kinds = [_kind(row[f"{each}.mu"], row[f"{each}.nu"]) for each in (name, other_name)]
-        if kinds[0] != kinds[1]:
-            raise TypeError(
-                f"{first}{path} is of a parameter that is {kinds[0]}, and {other_name}.mu{path} of "
-                f"one that is {kinds[1]}"
-            )
-        residual, goal = (row.get(f"{each}.residual") for each in (name, other_name))
-        if residual is not None and (goal is None or residual.dtype != goal.dtype):
-            raise ValueError(
-                f"{name}.residual holds the low bits of float32 weights, for which {other_name} "
-                "has no place, or not the same: take the weights from "
-                "adamaxw.moments.master_params and go on with them, or give the bits up by "
-                "state._replace(residual=None)"
-            )
-
-
-def _kind(m: Any, u: Any) -> str:
-    if jnp.issubdtype(m.dtype, jnp.complexfloating):
-        return "complex"
-    return "real" if _leaves.trains(m, u) else str(m.dtype)
-
-
-def _cast(name: str, x: Any, dtype: Any, is_norm: bool) -> Any:
-    """A moment in the dtype that `like` has at `name`."""
-    y = jnp.asarray(x).astype(dtype)
-    if x.dtype == dtype or isinstance(y, Tracer):
-        return y
-    is_lost = jnp.isfinite(x) != jnp.isfinite(y)
-    if is_norm:
-        is_lost |= (x > 0) & (y == 0)
-    if is_lost.any():
+    residual, dtypes = source.residual, [x.dtype for x in jax.tree.leaves(goal.residual)]
+    if residual is None:  # a new one is placed like the moments
+        pairs = zip(jax.tree.leaves(source.mu), dtypes, strict=False)
+        residual = [jnp.zeros_like(m, dtype=dtype) for m, dtype in pairs]
+    elif [x.dtype for x in jax.tree.leaves(residual)] != dtypes:
         raise ValueError(
-            f"{name} is {dtype}, which cannot hold all moments of state: the next step would "
-            "divide by zero or infinity. Keep its parameters in float32"
+            f"{name}.residual has low bits of weights, which {other} cannot keep: continue with "
+            "moments.master_params, or drop the bits by state._replace(residual=None)"
         )
+    seed = None
+    if goal.seed is not None:
+        seed = jnp.zeros_like(count, dtype=jnp.uint32) if source.seed is None else source.seed
+    new = AdamaxState(count, new.mu, new.nu, new.nu_scale, residual, seed)
+    leaves, goals = tree_leaves_with_path(new), tree_leaves_with_path(like)
+    if not is_state(like):
+        # Copies of the count, because a buffer that is in a state twice cannot be donated.
+        leaves += [(leaves[0][0], jnp.array(count, x.dtype)) for _, x in goals[len(leaves) :]]
+    return [
+        _fitted(jnp.asarray(x), y, name + keystr(path), other + keystr(other_path), path[0].name)
+        for (path, x), (other_path, y) in zip(leaves, goals, strict=True)
+    ]
+
+
+def _formats_of(state: AdamaxState) -> set[Any]:
+    """The formats of the leaves that train: one, unless there are no such leaves."""
+    rows = zip(jax.tree.leaves(state.mu), jax.tree.leaves(state.nu), strict=True)
+    return {_leaves.stored_format(m, u) for m, u in rows if _leaves.trains(m, u)}
+
+
+def _fitted(x: Any, like: Any, name: str, other: str, field: str = "") -> Any:
+    """A leaf with the shape and dtype of `like`; only moments are cast, within their kind."""
+    is_number = isinstance(x, (bool, int, float, complex)) and getattr(like, "shape", None) == ()
+    if is_number and jnp.result_type(x, like.dtype) == like.dtype:
+        return jnp.asarray(x, like.dtype)  # such as a learning rate that was set by hand
+    shape, dtype = getattr(x, "shape", None), getattr(x, "dtype", object)
+    if not hasattr(like, "dtype") or (shape, dtype) == (like.shape, like.dtype):
+        return x
+    words = f"{name} is {_checks.in_words(x)}, but {other} is {_checks.in_words(like)}"
+    # Optax stores the real norms of complex parameters as complex numbers.
+    kinds: Any = {"mu": (jnp.floating, jnp.complexfloating), "nu": (jnp.inexact,)}.get(field, ())
+    if kinds and shape != like.shape:
+        raise ValueError(words)
+    if not any(jnp.issubdtype(dtype, k) and jnp.issubdtype(like.dtype, k) for k in kinds):
+        raise TypeError(words if kinds else f"{words}: replace it in state first")
+    y = jnp.asarray(x).astype(like.dtype)
+    lost = (jnp.isfinite(x) != jnp.isfinite(y)) | ((field == "nu") & (x != 0) & (y == 0))
+    if not isinstance(y, Tracer) and lost.any():
+        raise ValueError(f"{words}, which is too narrow: the next step would divide by 0 or inf")
     return y
-
-
-def _kept(x: Any, like: Any, where: str) -> Any:
-    """Checks that a leaf other than a moment fits `like`, and returns it."""
-    if not hasattr(like, "dtype"):
-        return x
-    is_number = isinstance(x, (bool, int, float, complex))
-    if is_number and like.shape == () and jnp.result_type(x, like.dtype) == like.dtype:
-        # Such as a learning rate set by hand: Python numbers have no dtype of their own.
-        return jnp.asarray(x, like.dtype)
-    if (getattr(x, "shape", None), getattr(x, "dtype", None)) == (like.shape, like.dtype):
-        return x
-    raise TypeError(
-        f"state{where} is no moment and would be kept as it is, but it is {_leaves.describe(x)} "
-        f"where like{where} is {_leaves.describe(like)}: replace it in state first"
-    )
-
-
-def _describe(node: Any) -> str:
-    if type(node) is tuple:
-        return f"a tuple of {', '.join(type(part).__name__ for part in node) or 'nothing'}"
-    if isinstance(node, dict):
-        return f"a dict of {', '.join(map(repr, node)) or 'nothing'}"
-    return f"a {type(node).__name__}"
 
 
 def _has_moments(node: Any) -> bool:
     """Whether a node is an AdamaxState or has the type of its counterpart in Optax."""
     moments, *rest = _chain(node)
     if not isinstance(moments, optax.ScaleByAdamState):
-        return isinstance(node, AdamaxState)
+        return is_state(node)
     return all(keystr(path).endswith(".count") for path, _ in tree_leaves_with_path(rest))
 
 
@@ -232,55 +149,38 @@ def _chain(node: Any) -> tuple[Any, ...]:
     return node if type(node) is tuple and node else (node,)
 
 
-def _widened(node: Any) -> AdamaxState:
-    """The moments of a state of Optax in the format of `moment_dtype=None`; ours as they are."""
-    if isinstance(node, AdamaxState):
-        return node
-    moments = _chain(node)[0]
+def _from_optax(name: str, moments: optax.ScaleByAdamState, *schedules: Any) -> AdamaxState:
+    """The moments of a state of Optax in the format of `moment_dtype=None`."""
+    # Adam's state has the same type. It is refused if its values show it, which traced ones do not.
+    if not any(isinstance(x, Tracer) for x in jax.tree.leaves((moments, schedules))):
+        count, *others = map(int, jax.tree.leaves((moments.count, schedules)))
+        if any(other != count for other in others):
+            raise ValueError(
+                f"{name} has count {count}, its schedules {others}: optax.tree.set sets all to one"
+            )
+        rows = zip(tree_leaves_with_path(moments.mu), jax.tree.leaves(moments.nu), strict=True)
+        for (path, m), u in rows:
+            if jnp.issubdtype(u.dtype, jnp.inexact) and not _may_be_norm(m, u):
+                raise ValueError(
+                    f"{name} is the state of another optimizer, such as Adam: nu{keystr(path)} is "
+                    "too small beside mu for an infinity norm. Start from init, with a warmup; if "
+                    f"it is a norm, pass pack(Moments(count, mu, nu)) in place of {name}"
+                )
 
     def widen(x: Any, part: int) -> Any:
-        if not _leaves.is_numeric(x) or not jnp.issubdtype(x.dtype, jnp.inexact):
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
             return x
-        # Optax stores the real norms of complex parameters as complex numbers.
-        x = jnp.real(x) if part else jnp.asarray(x)
-        return x.astype(_formats.WIDE.dtypes(x.dtype)[part])
+        return (jnp.real(x) if part else jnp.asarray(x)).astype(WIDE.dtypes(x.dtype)[part])
 
-    mu = jax.tree.map(lambda m: widen(m, 0), moments.mu)
-    nu = jax.tree.map(lambda u: widen(u, 1), moments.nu)
+    mu, nu = (jax.tree.map(lambda x, i=i: widen(x, i), tree) for i, tree in enumerate(moments[1:]))
     return AdamaxState(moments.count, mu, nu)
-
-
-def _check_optax(name: str, node: Any) -> None:
-    """Refuses a state whose schedules have other counts, or which is that of Adam.
-
-    Adam and AdaMax share a type, so only the values tell: traced states are not checked.
-    """
-    if any(isinstance(x, Tracer) for x in jax.tree.leaves(node)):
-        return
-    moments, *rest = _chain(node)
-    count, *others = map(int, jax.tree.leaves((moments.count, rest)))
-    if any(other != count for other in others):
-        raise ValueError(
-            f"{name} has done {count} updates, but its schedules stand at {others}; an AdamaxState "
-            "has one count for all. Set them to the one to go on with, as by "
-            "optax.tree.set(state, count=...)"
-        )
-    rows = zip(tree_leaves_with_path(moments.mu), jax.tree.leaves(moments.nu), strict=True)
-    for (path, m), u in rows:
-        if jnp.issubdtype(u.dtype, jnp.inexact) and not _may_be_norm(m, u):
-            raise ValueError(
-                f"{name} is the state of another optimizer, such as adam or adamw, which have the "
-                f"same type: in nu{keystr(path)} are elements less than half of those in mu, or 0 "
-                "beside others that are not, as in no infinity norm. An average of squares does "
-                "not convert: go on with the state of init, and warm the learning rate up. If nu "
-                "is an infinity norm all the same, put pack(Moments(count, mu, nu)) in place of "
-                f"{name} (both of adamaxw.moments)"
-            )
 
 
 @jax.jit
 def _may_be_norm(m: jax.Array, u: jax.Array) -> jax.Array:
+    # |m_t| <= u_t (1 - b1) / (1 - b1 / b2), see docs/numerics.md: at most 2 u_t if the norm
+    # remembers at least twice as long as the first moment, 1 - b2 <= (1 - b1) / 2.
     m, u = jnp.abs(m), jnp.real(u)
     # eps keeps norms above 0, unless a leaf never had a gradient, or is float16: 1e-8 is 0 there.
     has_zeros = (u == 0).any() & (u > 0).any() & (jnp.finfo(u.dtype).tiny < 1e-8)
-    return ~((m.astype(u.dtype) > _LARGEST_RATIO * u).any() | has_zeros)
+    return ~((m.astype(u.dtype) > 2 * u).any() | has_zeros)

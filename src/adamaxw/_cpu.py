@@ -1,4 +1,7 @@
-"""An arrangement of the uint8 step that XLA runs faster on CPUs; the package is correct without."""
+"""An arrangement of the uint8 step that XLA runs faster on CPUs.
+
+Without it the package is correct. It restates `_rule.next_moments` in units of codes.
+"""
 
 from functools import reduce
 from typing import Any
@@ -8,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from adamaxw._bits import level_unit, nearest_level
 from adamaxw._rule import Constants, cast, shrink
 
-# 2^(z - 1) for 1 <= z < 2, lowest power first: relative error below 5e-5 in sixths, and 1 comes out
-# where z - 1 is 96 units of 2^-23.
+# 2^(z - 1) for 1 <= z < 2, lowest power first. The relative error is below 5e-5 at multiples of
+# 1/6, and the result is exactly 1 where z - 1 is 96 units of 2^-23.
 _EXP2 = np.array([0.4630053, 0.45312125, 0.01027734, 0.07358816], np.float32)
 # Added to a float32 of magnitude below 2^22, it leaves the nearest integer in the low bits.
 _MAGIC = np.float32(3 * 2**22)
@@ -20,37 +24,38 @@ _MAGIC = np.float32(3 * 2**22)
 def logarithmic_step(
     fmt: Any, g: jax.Array, stored: Any, scales: Any, noise: Any, constants: Constants
 ) -> tuple[jax.Array, jax.Array]:
-    """`Format.step` of `Logarithmic`, with norms that are not decoded: their codes are compared.
-
-    XLA for CPUs has a loop for each result, and computes in each what it needs. So the loop of `nu`
-    subtracts and compares codes, and that of `mu` takes its powers of integers, without `exp`.
-    """
+    """`Format.step` of `Logarithmic`; compares the codes of norms without decoding them."""
+    # XLA for CPUs makes a loop for each result, which computes all that the result needs. So the
+    # loop for `nu` subtracts and compares codes, and the one for `mu` takes powers of integers
+    # instead of `exp`.
     (mu, nu), (scale, new_scale) = stored, scales
     b1, b2, eps = cast(constants, jnp.float32)
     g = g.astype(jnp.float32)
-    # The scale rises by whole steps against the decay: all codes fall by their number.
+    # The scale decays, then rises by whole levels; all codes fall by their number.
     left = shrink(b2, scale)
     fall = jnp.round(fmt.levels * jnp.log2(new_scale / jnp.abs(left)))  # 0 may be -0
     fall = jnp.clip(fall, -1000, 255).astype(jnp.int32)
     fallen = jnp.minimum(nu.astype(jnp.int32) - fall, 255)
-    size, unit = jnp.abs(g), fmt._unit(new_scale)
-    risen = jnp.maximum(fmt._level(size * unit + eps * unit).astype(jnp.int32), fallen)
-    # The first moment, in the unit of squared codes: of the fallen norm, then of the risen.
+    size, unit = jnp.abs(g), level_unit(new_scale, fmt.levels)
+    level = nearest_level(size * unit + eps * unit, fmt.levels)
+    risen = jnp.maximum(level.astype(jnp.int32), fallen)
+    # The first moment, in units of squared codes: first for the fallen norm, then for the risen.
     since = scale / (new_scale * jnp.exp2(-fall.astype(jnp.float32) / fmt.levels))
     weight = b1.rest * (np.float32(127**2 / fmt.peak) / new_scale)
-    square = fmt._square(mu.astype(jnp.float32))
+    code = mu.astype(jnp.float32)
+    square = code * jnp.abs(code)
     m = g * weight * _power(-fallen, fmt.levels) + square * shrink(b1, since)
     m = m * _power(fallen - risen, fmt.levels)
     # A negative scale means that the state is corrupt.
     is_finite = (size < jnp.where((left >= 0) & (since >= 0), jnp.inf, 0.0)) & ~jnp.isnan(m)
-    code = jnp.where(is_finite, _compress(m, noise), -128)
+    code = jnp.where(is_finite, _signed_root(m, noise), -128)
     new_mu = jnp.where(mu == -128, mu, code.astype(jnp.int8))
-    # `mu` first: it needs the old `nu`, whose buffer the new one can then reuse.
+    # Compute `mu` first: it still needs the old `nu`, whose buffer the new `nu` can then reuse.
     return new_mu, jnp.where(new_mu == -128, np.asarray(255, nu.dtype), risen.astype(nu.dtype))
 
 
-def _compress(square: jax.Array, noise: Any) -> jax.Array:
-    """`Logarithmic._compress` by selections, as int32: `minimum` takes a CPU three instructions."""
+def _signed_root(square: jax.Array, noise: Any) -> jax.Array:
+    """`_bits.signed_root` as int32, by selections: `minimum` costs three instructions on a CPU."""
     d = jnp.asarray(noise, jnp.int32).astype(jnp.float32) * 2.0**-16 + (2.0**-17 - 0.5)
     x = jnp.abs(square)
     x = jnp.where(x < 127.0**2, x, 127.0**2) + (d * d - 0.25)
@@ -61,8 +66,8 @@ def _compress(square: jax.Array, noise: Any) -> jax.Array:
 
 def _power(n: jax.Array, levels: int) -> jax.Array:
     """`2^(n / levels)` to 5e-5 (with 6 levels), exact for 0; n is int32, -510 to 255."""
-    # In units of 2^-23, as the exponent of a float32 is counted. The step is an integer, hence
-    # too small, so that whole octaves may lack up to 85 units.
+    # log2 in units of 2^-23, the last bit of a float32 exponent. The integer step rounds down:
+    # 96 more units keep whole octaves, which lack up to 85 units, from falling one short.
     log2 = n * np.int32(2**23 // levels) + np.int32(96)
     fraction = log2 & np.int32(2**23 - 1)
     z = lax.bitcast_convert_type(fraction | np.int32(127 << 23), jnp.float32)

@@ -1,4 +1,4 @@
-"""Where arrays lie: on one device, or sharded over a mesh."""
+"""Where arrays are: on one device, or sharded over a mesh."""
 
 from typing import Any
 
@@ -6,71 +6,51 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import (
-    AbstractMesh,
-    NamedSharding,
-    PartitionSpec,
-    Sharding,
-    SingleDeviceSharding,
-)
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from adamaxw._leaves import is_numeric
+from adamaxw._checks import kind_of
 
 
 def is_placed(x: Any) -> bool:
-    """Whether `x` is committed to a place, or will be if it is abstract."""
+    """Whether `x` is committed to a device or mesh, or will be if it is abstract."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return x.sharding is not None
     return isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.committed
 
 
-def places(tree: Any) -> set[Sharding | None]:
-    """Where a scalar lies that is everywhere, for each mesh or device of what `is_placed`.
+def places_of(tree: Any) -> set[Sharding | None]:
+    """The replicated sharding on each mesh or device of a tree; None stands for other places."""
 
-    None stands for what is neither on a mesh nor on a device alone.
-    """
-
-    def place(sharding: Sharding) -> Sharding | None:
+    def replicated(sharding: Sharding) -> Sharding | None:
         if isinstance(sharding, NamedSharding):
             return NamedSharding(sharding.mesh, PartitionSpec())
-        if isinstance(sharding, SingleDeviceSharding):
-            return SingleDeviceSharding(*sharding.device_set)
-        return None
+        is_single = isinstance(sharding, SingleDeviceSharding)
+        return SingleDeviceSharding(*sharding.device_set) if is_single else None
 
-    return {place(x.sharding) for x in jax.tree.leaves(tree) if is_placed(x)}
+    return {replicated(x.sharding) for x in jax.tree.leaves(tree) if is_placed(x)}
 
 
 def scalar_sharding(params: Any, is_changed: bool) -> Sharding | None:
-    """Where a new scalar must lie so that a compiled step leaves it there: no second compilation.
-
-    None where there is no one such place, or it cannot be known.
-
-    Args:
-        params: the parameters.
-        is_changed: whether a step computes the scalar anew from leaves of params.
-
-    Raises:
-        ValueError: the scalar is changed, and the params are on several meshes.
-    """
-    found: dict[Any, Any] = {}
+    """Where a new scalar must be for a compiled step to leave it there; None if unknown."""
+    # A scalar that moved would be a second compilation, at the second step.
+    found: dict[Any, str] = {}
     for path, x in jax.tree_util.tree_leaves_with_path(params):
-        for place in places(x):
-            found.setdefault(place, jax.tree_util.keystr(path))
-    meshes = [(p.mesh, path) for p, path in found.items() if isinstance(p, NamedSharding)]
+        for place in places_of(x):
+            found.setdefault(place, f"params{jax.tree_util.keystr(path)}")
+    meshes = [f"{x} on {y.mesh}" for y, x in found.items() if isinstance(y, NamedSharding)]
     if is_changed and len(meshes) > 1:
-        (mesh, path), (other, other_path), *_ = meshes
         raise ValueError(
-            f"params{path} is on {mesh}, params{other_path} on {other}, and low-precision moments "
-            "have one scale for the tree: give each mesh its own optimizer by optax.partition"
+            f"low-precision moments have one scale per tree, but there are {' and '.join(meshes)}: "
+            "give each mesh its own optimizer by optax.partition"
         )
     return next(iter(found)) if len(found) == 1 else None
 
 
-def lie_together(tree: Any) -> bool:
+def are_together(tree: Any) -> bool:
     """Whether one compiled call can take a tree: numbers, not traced, on one device or mesh."""
     meshes = set()
     for x in jax.tree.leaves(tree):
-        is_array = isinstance(x, (jax.Array, np.ndarray, np.generic)) and is_numeric(x)
+        is_array = isinstance(x, (jax.Array, np.ndarray, np.generic)) and kind_of(x) is not None
         if isinstance(x, Tracer) or not (is_array or isinstance(x, (int, float, complex))):
             return False
         if isinstance(x, jax.Array) and x.committed:
@@ -79,7 +59,7 @@ def lie_together(tree: Any) -> bool:
 
 
 def varying_axes(x: Any) -> tuple[str, ...]:
-    """Inside `jax.shard_map`, the axes along which JAX knows shards to hold different values."""
+    """Inside `jax.shard_map`, the axes along which JAX knows that shards differ."""
     aval = jax.typeof(x)
     kind = getattr(aval, "manual_axis_type", None)  # `vma` until JAX 0.9
     return tuple(sorted(getattr(aval, "vma", ()) if kind is None else kind.varying))
@@ -93,11 +73,10 @@ def concrete(sharding: Any) -> Any:
     return NamedSharding(place.mesh, sharding.spec) if hasattr(place, "mesh") else place
 
 
-def lie_like(x: Any, *others: Any) -> Any:
-    """`x` sharded like the first other that is on a mesh, where its axes are explicit.
+def reshard_like(x: Any, *others: Any) -> Any:
+    """`x` sharded like the first of the others that is on a mesh with explicit axes.
 
-    Elsewhere JAX sees to that. `x` stays where none is, and where that one is a sum still to be
-    done over the mesh. An other may be None.
+    It stays as it is where none is, or where that one is still to be reduced over the mesh.
     """
     goals = (jax.typeof(y).sharding for y in others if y is not None)
     goal = next((goal for goal in goals if not goal.mesh.empty), None)

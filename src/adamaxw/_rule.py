@@ -1,4 +1,7 @@
-"""The AdamaxW recurrence on one array: the only place where the formula stands."""
+"""The AdamaxW recurrence on one array: the definition, which every format and dtype runs.
+
+`_cpu` alone restates its first two lines, in units of uint8 codes.
+"""
 
 from typing import Any, NamedTuple
 
@@ -20,22 +23,16 @@ Scalar = float | jax.Array
 # Regularization", ICLR 2019, Algorithm 2, line 12.
 
 
-class Decay(NamedTuple):
-    """A decay rate b, with the digits that float32 cannot hold of a b near 1.
+class DecayRate(NamedTuple):
+    """b1 or b2 as b and 1 - b; b is None for a number of at least 1/2."""
 
-    The nearest float32 to 0.999 is off by 1.3e-8, an error that compounds with each step; that of
-    1 - b is off by far less.
-
-    Attributes:
-        b: the rate; None for a number from 1/2, for which `rest` says it better.
-        rest: `1 - b`.
-    """
-
+    # The float32 nearest to 0.999 is off by 1.3e-8, an error that compounds with each step; the
+    # one nearest to 1 - 0.999 is off by far less.
     b: Scalar | None
     rest: Scalar
 
     @classmethod
-    def of(cls, b: Scalar) -> "Decay":
+    def of(cls, b: Scalar) -> "DecayRate":
         """The rate of a number or an array."""
         return cls(None if isinstance(b, float) and b >= 0.5 else b, 1 - b)
 
@@ -43,56 +40,50 @@ class Decay(NamedTuple):
 class Constants(NamedTuple):
     """The hyperparameters that no schedule changes."""
 
-    b1: Decay
-    b2: Decay
+    b1: DecayRate
+    b2: DecayRate
     eps: Scalar
 
 
 def next_moments(
     g: jax.Array, m: jax.Array, u: jax.Array, constants: Constants
 ) -> tuple[jax.Array, jax.Array]:
-    """The first two lines of AdamaxW on one array.
+    """The first two lines of AdamaxW on arrays of one shape: the new `m` and `u`, in their dtypes.
 
-    Args:
-        g: gradient; floating or complex, of the dtype of `m`.
-        m: first moment, of the shape of `g`.
-        u: infinity norm, real, of the shape of `g`.
-        constants: in the dtypes of `m`, `u` and `u`.
-
-    Returns:
-        The two new moments, in their dtypes.
+    The gradient `g` has the dtype of `m`, floating or complex; `u` is real. The constants have the
+    dtypes of `m`, `u` and `u`.
     """
     b1, b2, eps = constants
     # The gradient first, as in Optax: a compiler that fuses the sum then rounds the same product.
     return b1.rest * g + shrink(b1, m), jnp.maximum(shrink(b2, u), jnp.abs(g) + eps)
 
 
-def next_step(ratio: jax.Array, p: jax.Array | None, *, rate: Scalar, decay: Scalar) -> jax.Array:
-    """The last line of AdamaxW on one array: what to add to the parameter.
+def next_step(
+    ratio: jax.Array, p: jax.Array | None, *, step_size: Scalar, decay_factor: Scalar
+) -> jax.Array:
+    """The last line of AdamaxW on one array: what to add to the parameter `p`.
 
-    Args:
-        ratio: `m / u`, of order 1: divided first, no intermediate under- or overflows.
-        p: parameter, of the dtype of `ratio`, or None where it does not decay.
-        rate: `lr / (1 - b1^t)`; for the divisor see `bias_correction`.
-        decay: `lr * wd`, or `wd` alone where the decay is not scaled by the learning rate.
+    The ratio is `m / u`, of order 1: divided first, no intermediate result under- or overflows.
+    `step_size` is `lr / (1 - b1^t)`, `decay_factor` is `lr wd`, or `wd` alone where decay is not
+    scaled by the learning rate. `p` is None where it does not decay.
     """
-    step = -rate * ratio
-    return step if p is None else step - decay * p
+    step = -step_size * ratio
+    return step if p is None else step - decay_factor * p
 
 
-def bias_correction(b1: Decay, t: jax.Array) -> jax.Array:
+def bias_correction(b1: DecayRate, t: jax.Array) -> jax.Array:
     """`1 - b1^t` (Kingma & Ba 2015, section 3) for a float scalar `t` >= 1, in the dtype of `t`.
 
     `1 - b1**t` cancels: at b1=0.9, t=1 it loses two bits in float32, and more as b1 nears 1.
     """
     if (b := b1.b) is None:
         return -jnp.expm1(t * jnp.log1p(-jnp.asarray(b1.rest, t.dtype)))
-    # A traced b1 may be 0 and differentiated there: no logarithm of it, also where not chosen.
+    # A traced b1 may be 0: its logarithm must not be differentiated even where it is not selected.
     log_b1 = jnp.log(jnp.where(b < 0.5, 0.5, b))
     return jnp.where(b < 0.5, 1 - b**t, -jnp.expm1(t * log_b1))
 
 
-def shrink(b: Decay, x: jax.Array) -> jax.Array:
+def shrink(b: DecayRate, x: jax.Array) -> jax.Array:
     """`b x`."""
     return x - b.rest * x if b.b is None else b.b * x
 

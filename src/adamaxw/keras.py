@@ -1,7 +1,4 @@
-"""AdamaxW as an optimizer of Keras 3, on its JAX backend: the extra `keras`.
-
-`import adamaxw` does not import this module, which alone needs Keras.
-"""
+"""AdamaxW as an optimizer of Keras 3, on its JAX backend; `import adamaxw` does not import it."""
 
 import re
 from collections.abc import Sequence
@@ -23,33 +20,29 @@ _OWN = ("beta_1", "beta_2", "epsilon", *_FORMATS)
 class Adamaxw(keras.optimizers.Optimizer):
     """`adamaxw.adamaxw` for `compile` and `fit`.
 
-    The leaves of its state are variables of the optimizer, which `save_weights` and `save` keep bit
-    for bit. Import this module before `load_model`, too. The count of the state is the number of
-    updates done; schedules count batches, as ever in Keras.
+    The leaves of its state are variables of the optimizer, saved bit for bit by `save_weights` and
+    `save`; import this module before `load_model`. The count of the state is the number of updates
+    done, whereas schedules count batches, as always in Keras.
 
-    The other options of `keras.optimizers.Optimizer` fit every `moment_dtype` and `param_rounding`.
-    But Keras accumulates gradients, averages variables (`use_ema`) and constrains them in the dtype
-    of the variable, rounded to the nearest. With "exact", what it writes to a bfloat16 variable is
-    kept to within half a step of bfloat16.
+    Keras accumulates gradients, averages variables (`use_ema`) and constrains them in the dtype of
+    the variable. With `param_rounding="exact"`, what it writes to a bfloat16 variable is kept to
+    within half a step of bfloat16.
 
     Args:
-        learning_rate: a float, which may be assigned to at any time, as `ReduceLROnPlateau` does;
-            a schedule of Keras; or a function without arguments.
+        learning_rate: a float, which may be assigned at any time, as `ReduceLROnPlateau` does; a
+            schedule of Keras; or a function without arguments.
         beta_1: `b1` of `adamaxw.adamaxw`, a float.
         beta_2: `b2`, a float.
         epsilon: `eps`, a float.
-        weight_decay: a float; None is 0. All variables that train decay, but for those given to
-            `exclude_from_weight_decay`.
+        weight_decay: a float; None is 0.
         moment_dtype: as in `adamaxw.adamaxw`.
-        param_rounding: likewise. It matters where variables are bfloat16 or float16, as with the
-            dtype policy "bfloat16"; those of "mixed_bfloat16" are float32.
+        param_rounding: likewise, for variables that are bfloat16 or float16, as with the dtype
+            policy "bfloat16"; those of "mixed_bfloat16" are float32.
         scale_decay_by_lr: likewise.
-        excluded: what does not decay: regular expressions for the names and paths of variables, and
-            indices among those that train, as `exclude_from_weight_decay` takes them.
+        excluded: which variables do not decay: regular expressions for their names and paths, and
+            indices among those that train.
         name: of the optimizer.
-        **kwargs: `clipnorm`, `clipvalue`, `global_clipnorm`, `use_ema`, `ema_momentum`,
-            `ema_overwrite_frequency`, `loss_scale_factor` and `gradient_accumulation_steps`, as in
-            `keras.optimizers.Optimizer`.
+        **kwargs: other arguments of `keras.optimizers.Optimizer`, such as `clipnorm`.
 
     Raises:
         RuntimeError: the backend of Keras is not JAX.
@@ -80,40 +73,30 @@ class Adamaxw(keras.optimizers.Optimizer):
         **kwargs: Any,
     ):
         if keras.backend.backend() != "jax":
-            raise RuntimeError(
-                "adamaxw.keras needs the JAX backend: set KERAS_BACKEND=jax in the environment "
-                f"before Keras is imported, now {keras.backend.backend()!r}"
-            )
+            backend = keras.backend.backend()
+            raise RuntimeError(f"set KERAS_BACKEND=jax before Keras is imported, now {backend!r}")
         super().__init__(learning_rate, weight_decay, name=name, **kwargs)
-        self.beta_1 = float(beta_1)
-        self.beta_2 = float(beta_2)
-        self.epsilon = float(epsilon)
+        self.beta_1, self.beta_2, self.epsilon = float(beta_1), float(beta_2), float(epsilon)
         self.weight_decay = None if weight_decay is None else float(weight_decay)
         self.moment_dtype = moment_dtype
         self.param_rounding = param_rounding
         self.scale_decay_by_lr = scale_decay_by_lr
         self.excluded = [excluded] if isinstance(excluded, str) else list(excluded)
-        self._transformation(learning_rate)  # for its errors
+        self._transformation(learning_rate)  # checks the arguments
         self.moment_dtype = None if moment_dtype is None else jnp.dtype(moment_dtype).name
 
     def _transformation(self, learning_rate: Any, mask: Any = None) -> Any:
-        return adamaxw(
-            learning_rate,
-            self.beta_1,
-            self.beta_2,
-            self.epsilon,
-            self.weight_decay or 0.0,
-            mask,
-            **{name: getattr(self, name) for name in _FORMATS},
-        )
+        numbers = (self.beta_1, self.beta_2, self.epsilon, self.weight_decay or 0.0)
+        formats = {name: getattr(self, name) for name in _FORMATS}
+        return adamaxw(learning_rate, *numbers, mask, **formats)
 
     def build(self, variables: list[Any]) -> None:
-        """Makes a variable of each leaf of the state, beside those of Keras itself."""
+        """Adds a variable for each leaf of the state."""
         if self.built:
             return
         state = self._transformation(0.0).init([v.value for v in variables])
         super().build(variables)
-        # By index from now on: loading makes other variables.
+        # By index, because loading creates other variables.
         self.excluded += [i for i, v in enumerate(variables) if not self._use_weight_decay(v)]
         names = [x for x in self.excluded if isinstance(x, str)]
         self._decays = [
@@ -125,7 +108,7 @@ class Adamaxw(keras.optimizers.Optimizer):
         self._leaves = []
         for (field, *index), leaf in leaves:
             name, layout = field.name, None
-            if index:  # of a variable, named as Keras names those of its own optimizers
+            if index:  # named as by Keras's own optimizers
                 variable = variables[index[0].idx]
                 name = f"{variable.path.replace('/', '_')}_{name}"
                 layout = variable._layout if leaf.shape == variable.shape else None
@@ -135,22 +118,20 @@ class Adamaxw(keras.optimizers.Optimizer):
 
     @property
     def state(self) -> AdamaxState:
-        """The state, for `adamaxw.moments` and `diagnostics`; params are a list of the values."""
-        if not self.built:
-            raise ValueError("the optimizer has no state before it is built")
+        """The state of a built optimizer for `adamaxw.moments`; params are the list of values."""
         return self._treedef.unflatten([v.value for v in self._leaves])
 
     def _backend_update_step(
         self, grads: Any, trainable_variables: Any, learning_rate: Any
     ) -> None:
-        """One step of all variables; those without a gradient are not among the arguments."""
+        """One step. Keras leaves out variables without a gradient."""
         variables = self._trainable_variables
         pairs = zip(trainable_variables, grads, strict=True)
         found = {self._get_variable_index(v): g for v, g in pairs}
-        gradients = [found.get(index) for index in range(len(variables))]
+        gradients = [found.get(i) for i in range(len(variables))]
         params = [v.value for v in variables]
         lr = keras.ops.cast(learning_rate, jnp.result_type(float).name)
-        opt = self._transformation(lr, list(self._decays))
+        opt = self._transformation(lr, list(self._decays))  # a TrackedList is a leaf for JAX
         updates, state = opt.update(gradients, self.state, params)
         for variable, p, update in zip(variables, params, updates, strict=True):
             if update is not None:
@@ -161,25 +142,21 @@ class Adamaxw(keras.optimizers.Optimizer):
     def exclude_from_weight_decay(
         self, var_list: Sequence[Any] | None = None, var_names: Sequence[str] | None = None
     ) -> None:
-        """Chooses which variables do not decay, as in Keras, in place of an earlier choice.
+        """Chooses which variables do not decay, as in Keras; replaces `excluded`.
 
         Args:
-            var_list: variables, or their indices among those that train, as which they are saved
-                once the optimizer is built.
-            var_names: regular expressions, searched for in the names and paths of variables.
-
-        Raises:
-            ValueError: the optimizer is built.
+            var_list: variables, or their indices among those that train.
+            var_names: regular expressions that are searched for in names and paths of variables.
         """
-        if self.built:
+        if self.built:  # Keras checks an attribute that it never sets.
             raise ValueError("exclude_from_weight_decay must be called before build")
-        names = [var_names] if isinstance(var_names, str) else var_names or ()
         listed = var_list or ()
-        self.excluded = [*names, *(x for x in listed if isinstance(x, int))]
         super().exclude_from_weight_decay([x for x in listed if not isinstance(x, int)])
+        names = [var_names] if isinstance(var_names, str) else var_names or ()
+        self.excluded = [*names, *(x for x in listed if isinstance(x, int))]
 
     def _apply_weight_decay(self, variables: Any) -> None:
-        """Nothing: Keras would decay variables before the update step, which does it."""
+        """Does nothing: the update step decays."""
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor."""

@@ -1,11 +1,12 @@
-"""Which parameters decay: masks to pass to `adamaxw.adamaxw`, and a table of what they choose.
+"""Which parameters decay: ready masks for `adamaxw.adamaxw`, and a table of what they choose.
 
 Each is a function from params to a tree of booleans, as `mask` of `adamaxw.adamaxw` and of
-`optax.masked` may be. They look at shapes and paths alone, so that they work on arrays, abstract
-arrays, and the states of Flax NNX, whose Variables count as leaves. For them
+`optax.masked` may be. They look only at shapes and paths, so they work on arrays, abstract arrays
+and the states of Flax NNX, whose Variables count as leaves. With them,
 `optax.inject_hyperparams(adamaxw.adamaxw)` needs no `static_args`.
 """
 
+import operator
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -15,17 +16,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.core import Tracer
+from jax.tree_util import keystr, tree_leaves_with_path
 
-from adamaxw import _leaves, _masking, _paths
+from adamaxw import _checks, _paths
 from adamaxw._table import Table
+
+__all__ = ["Mask", "describe", "matching", "matrices", "rank"]
+
+_INJECTED = (
+    ". optax.inject_hyperparams calls a callable mask as a schedule, with the count in place of "
+    "params: prevent that with static_args=('mask',), or use a mask of adamaxw.masks"
+)
 
 
 class Mask(ABC):
     """A function from params to booleans that combines with others: `a & b`, `a | b`, `~a`.
 
-    Called with a tree, it returns the tree with a bool in place of each leaf. The other operand of
-    `&` and `|` may be any function that is valid as a mask. Masks made alike are equal, and
-    hashable.
+    Called with a tree, it returns the tree with a bool in place of each leaf. The other operand may
+    be any function that is a valid mask. Masks made from equal arguments are equal.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -39,14 +49,10 @@ class Mask(ABC):
     """
 
     def __call__(self, params: Any) -> Any:
-        """Which leaves of `params` are chosen.
-
-        Args:
-            params: any tree. A lone integer scalar is the count with which
-                `optax.inject_hyperparams` calls what it takes for a schedule: the mask returns
-                itself, in a form that the state of that wrapper can hold.
-        """
-        if _is_count(params):
+        """Which leaves of `params`, any tree, are chosen."""
+        is_scalar = isinstance(params, jax.Array) and params.shape == ()
+        if is_scalar and jnp.issubdtype(params.dtype, jnp.integer):
+            # The count, with which optax.inject_hyperparams calls what it takes for a schedule.
             return _Injected(self)
         return jax.tree.structure(_paths.pure(params)).unflatten(self.flags_of(params))
 
@@ -66,73 +72,47 @@ class Mask(ABC):
 
     @abstractmethod
     def flags_of(self, params: Any) -> list[bool]:
-        """A boolean for each leaf."""
+        """One boolean per leaf."""
 
 
 def rank(minimum: int) -> Mask:
     """Chooses the leaves of at least `minimum` dimensions.
 
-    Layers that are stacked, for `jax.lax.scan` or `jax.vmap` over them, have a dimension more:
-    their biases have rank 2.
-
-    Args:
-        minimum: the least rank, not negative.
-
-    Raises:
-        TypeError: `minimum` is no integer.
-        ValueError: it is negative.
+    Layers that are stacked for `jax.lax.scan` or `jax.vmap` have one dimension more: their biases
+    have rank 2.
     """
-    if isinstance(minimum, bool) or not isinstance(minimum, (int, np.integer)):
-        raise TypeError(f"minimum must be an integer, got {minimum!r}")
-    if minimum < 0:
-        raise ValueError(f"minimum must be at least 0, got {minimum}")
-    return _Rank(int(minimum))
+    return _Rank(operator.index(minimum))
 
 
 def matching(include: str | Sequence[str] = "", exclude: str | Sequence[str] = ()) -> Mask:
     r"""Chooses leaves by their paths: those that `include` matches and `exclude` does not.
 
     Args:
-        include: a regular expression, searched for in the path of a leaf, whose keys are joined
-            with `/`, such as `blocks/0/norm/scale`; or a sequence of them, of which one must be
-            found. `""` is found in every path; `^` and `$` match the ends of a path.
+        include: a regular expression that is searched for in the path of a leaf, whose keys are
+            joined with `/` as in `blocks/0/norm/scale`; or a sequence, of which one must be found.
+            `""` is found in every path; `^` and `$` match the ends of a path.
         exclude: likewise; none of them may be found.
 
     Returns:
-        The mask. When it is called, a pattern that is found in no path is a ValueError which names
-        some paths that there are; a tree without leaves has nothing to be found.
-
-    Raises:
-        TypeError: a pattern is no string.
-        ValueError: a pattern is no regular expression, or `include` is empty.
-
-    Examples:
-        >>> import jax.numpy as jnp
-        >>> from adamaxw import masks
-        >>> params = {"w": jnp.ones((2, 2)), "bias": jnp.ones(2), "scale": jnp.ones(2)}
-        >>> masks.matching(exclude=["^bias$", "scale"])(params)
-        {'bias': False, 'scale': False, 'w': True}
+        The mask; called with a tree that has leaves, it raises a ValueError if a pattern is found
+        in no path.
     """
-    includes = _patterns("include", include)
-    if not includes:
-        raise ValueError("include must have at least one pattern; the default matches every path")
-    return _Matching(includes, _patterns("exclude", exclude))
+    each = ((x,) if isinstance(x, str) else x for x in (include, exclude))
+    return _Matching(*(tuple(map(re.compile, patterns)) for patterns in each))
 
 
 def describe(params: Any, mask: Any = None) -> Table:
-    """A table of the leaves of `params`: which of them decay, and how many parameters those are.
+    """A table of the leaves of `params`: which of them decay, and how many parameters those have.
 
     Args:
-        params: any tree of arrays; abstract ones will do.
+        params: any tree of arrays, which may be abstract.
         mask: as in `adamaxw.adamaxw`.
 
     Returns:
-        A table with the path, shape, dtype, number of parameters, and whether it decays, of each
-        leaf, and with totals. `print` shows it as text, `rich.print` with rules.
+        A table for `print` or `rich.print`, with totals.
 
     Raises:
-        TypeError, ValueError: as from the `init` of `adamaxw.adamaxw`: a leaf is no array of
-            numbers, or the mask is not boolean or does not have the structure of params.
+        TypeError, ValueError: the mask is not boolean, or not a prefix of params.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -146,45 +126,73 @@ def describe(params: Any, mask: Any = None) -> Table:
         does not decay                            2
         total                                     8
     """
-    decays = _masking.resolve_mask(mask, params)
     rows, totals = [], {True: 0, False: 0}
-    for (path, p), decay in zip(_paths.named(params), decays, strict=True):
-        p = _leaves.as_array(p)
-        if not _leaves.is_numeric(p):
-            raise TypeError(
-                f"params must be arrays of numbers, got {_leaves.describe(p)} at {path!r}; filter "
-                "such leaves out, with None in their place"
-            )
-        dtype = jnp.result_type(p)
-        # What does not train does not decay.
-        decay = decay and jnp.issubdtype(dtype, jnp.inexact)
-        size = int(np.prod(np.shape(p), dtype=object))
-        rows.append((path, str(np.shape(p)), str(dtype), f"{size:,}", "yes" if decay else "no"))
-        totals[decay] += size
+    for (path, p), decays in zip(
+        _paths.named_leaves(params), resolve_mask(mask, params), strict=True
+    ):
+        shape, dtype = np.shape(p), jnp.result_type(p)
+        decays = decays and jnp.issubdtype(dtype, jnp.inexact)  # integers do not train
+        size = int(np.prod(shape, dtype=object))
+        rows.append((path, str(shape), str(dtype), f"{size:,}", "yes" if decays else "no"))
+        totals[decays] += size
+    sums = {"decays": totals[True], "does not decay": totals[False], "total": sum(totals.values())}
     return Table(
         columns=("path", "shape", "dtype", "parameters", "decays"),
         rows=tuple(rows),
-        footer=(
-            ("decays", "", "", f"{totals[True]:,}", ""),
-            ("does not decay", "", "", f"{totals[False]:,}", ""),
-            ("total", "", "", f"{sum(totals.values()):,}", ""),
-        ),
+        footer=tuple((name, "", "", f"{total:,}", "") for name, total in sums.items()),
         right=("parameters",),
     )
+
+
+def refuse_called_mask(mask: Any, hyperparameters: tuple[Any, ...]) -> None:
+    """Raises a TypeError for a lone boolean beside hyperparameters that are arrays."""
+    # `optax.inject_hyperparams` makes one of a callable mask: `p.ndim > 1` is False for the count,
+    # and nothing would decay. A boolean from the caller is valid; the arrays tell the two apart.
+    is_boolean = isinstance(mask, (bool, np.bool_))
+    if is_boolean and any(isinstance(value, jax.Array) for value in hyperparameters):
+        raise TypeError(
+            f"mask={mask} beside hyperparameters that are arrays may be a callable mask, called by "
+            f"mistake: pass mask=None to decay all leaves, weight_decay=0 for none{_INJECTED}"
+        )
+
+
+def resolve_mask(mask: Any, params: optax.Params) -> tuple[bool, ...]:
+    """Which leaves of `params` decay, one boolean per leaf; `mask` as in `adamaxw.adamaxw`."""
+    mask = True if mask is None else mask.mask if isinstance(mask, _Injected) else mask
+    if isinstance(mask, Mask):
+        return tuple(mask.flags_of(params))
+    # A module with a __call__ can also be the tree: then it has boolean leaves.
+    if callable(mask) and not any(map(_is_boolean, jax.tree.leaves(mask))):
+        mask = mask(params)
+    # Flax NNX gives params with Variables to init and without them to update.
+    mask, params = _paths.pure(mask), _paths.pure(params)
+    flags = tree_leaves_with_path(mask)
+    for path, flag in flags:
+        if not _is_boolean(flag) or isinstance(flag, Tracer):
+            # A function that was called by mistake leaves one value in place of the whole tree.
+            raise TypeError(
+                f"mask{keystr(path)} must be a boolean, known when the step is compiled, got "
+                f"{_checks.in_words(flag)}{'' if path else _INJECTED}"
+            )
+    subtrees = _checks.check_prefix("mask", mask, "params", params)
+    pairs = zip(flags, subtrees, strict=True)
+    return tuple(bool(flag) for (_, flag), tree in pairs for _ in jax.tree.leaves(tree))
+
+
+def _is_boolean(leaf: Any) -> bool:
+    is_array = isinstance(leaf, (np.ndarray, np.generic, jax.Array))
+    return isinstance(leaf, bool) or (is_array and _checks.is_array(leaf, np.bool_))
 
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class _Injected:
-    """A mask as a tree without leaves; a `Mask` itself is one leaf, as Optax wants functions."""
+    """A mask as a tree without leaves; a `Mask` itself is a leaf, because Optax wants functions."""
 
     mask: Mask
 
     def __call__(self, params: Any) -> Any:
         return self.mask(params)
-
-    def flags_of(self, params: Any) -> list[bool]:
-        return self.mask.flags_of(params)
 
 
 @dataclass(frozen=True)
@@ -204,89 +212,55 @@ class _Matching(Mask):
     exclude: tuple[re.Pattern[str], ...]
 
     def __repr__(self) -> str:
-        arguments = (self.include, "include"), (self.exclude, "exclude")
-        shown = [
-            f"{name}={[p.pattern for p in patterns]}" for patterns, name in arguments if patterns
-        ]
-        if not self.exclude and len(self.include) == 1:
-            shown = [repr(self.include[0].pattern)]
-        return f"masks.matching({', '.join(shown)})"
+        include, exclude = ([p.pattern for p in each] for each in (self.include, self.exclude))
+        shown = f"include={include}" if exclude or len(include) != 1 else repr(include[0])
+        return f"masks.matching({shown}{f', exclude={exclude}' if exclude else ''})"
 
     def flags_of(self, params: Any) -> list[bool]:
-        paths = [path for path, _ in _paths.named(params)]
+        paths = [path for path, _ in _paths.named_leaves(params)]
         for pattern in (*self.include, *self.exclude):
             if paths and not any(map(pattern.search, paths)):
                 raise ValueError(
-                    f"{self}: the pattern {pattern.pattern!r} matches no path of params, which are "
-                    f"such as {', '.join(paths[:5])}"
+                    f"{self}: the pattern {pattern.pattern!r} matches no path of params, such as "
+                    + ", ".join(paths[:5])
                 )
-        return [
-            any(pattern.search(path) for pattern in self.include)
-            and not any(pattern.search(path) for pattern in self.exclude)
-            for path in paths
-        ]
+
+        def is_found(patterns: tuple[re.Pattern[str], ...], path: str) -> bool:
+            return any(pattern.search(path) for pattern in patterns)
+
+        return [is_found(self.include, p) and not is_found(self.exclude, p) for p in paths]
 
 
 @dataclass(frozen=True)
 class _Combined(Mask):
-    """`a & b & c`, `a | b | c` or `~a`, by its `symbol`."""
+    """`a & b & c`, `a | b | c` or `~a` by its `symbol`, of masks and functions."""
 
     symbol: str
-    masks: tuple[Mask, ...]
+    masks: tuple[Callable[[Any], Any], ...]
 
     def __repr__(self) -> str:
-        shown = [
-            f"({mask})" if isinstance(mask, _Combined) and mask.symbol != "~" else f"{mask}"
-            for mask in self.masks
-        ]
+        shown = []
+        for mask in self.masks:
+            text = getattr(mask, "__name__", repr(mask))
+            is_chain = isinstance(mask, _Combined) and mask.symbol != "~"
+            shown.append(f"({text})" if is_chain else text)
         return f"~{shown[0]}" if self.symbol == "~" else f" {self.symbol} ".join(shown)
 
     def flags_of(self, params: Any) -> list[bool]:
         combine = {"&": all, "|": any, "~": lambda leaf: not leaf[0]}[self.symbol]
-        chosen = (mask.flags_of(params) for mask in self.masks)
+        chosen = (resolve_mask(mask, params) for mask in self.masks)
         return list(map(combine, zip(*chosen, strict=True)))
-
-
-@dataclass(frozen=True)
-class _Function(Mask):
-    function: Callable[[Any], Any]
-
-    def __repr__(self) -> str:
-        return getattr(self.function, "__name__", repr(self.function))
-
-    def flags_of(self, params: Any) -> list[bool]:
-        return list(_masking.resolve_mask(self.function, params))
-
-
-matrices = rank(2)
-"""The mask of matrices: `rank(2)`. Biases, and the scales of norms, do not decay."""
-
-
-def _is_count(params: Any) -> bool:
-    is_scalar = isinstance(params, jax.Array) and params.shape == ()
-    return is_scalar and jnp.issubdtype(params.dtype, jnp.integer)
 
 
 def _combine(symbol: str, *operands: Any) -> Any:
     if not all(map(callable, operands)):
         return NotImplemented
-    masks: list[Mask] = []
+    masks = []
     for operand in operands:
-        if isinstance(operand, _Combined) and operand.symbol == symbol:
-            masks += operand.masks
-        else:
-            masks.append(operand if isinstance(operand, Mask) else _Function(operand))
+        is_same = isinstance(operand, _Combined) and operand.symbol == symbol
+        masks += operand.masks if is_same else [operand]
     return _Combined(symbol, tuple(masks))
 
 
-def _patterns(name: str, patterns: Any) -> tuple[re.Pattern[str], ...]:
-    if isinstance(patterns, str):
-        patterns = (patterns,)
-    if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
-        raise TypeError(f"{name} must be a string or a sequence of strings, got {patterns!r}")
-    try:
-        return tuple(map(re.compile, patterns))
-    except re.error as error:
-        raise ValueError(
-            f"{name} has {error.pattern!r}, which is no regular expression: {error}"
-        ) from None
+matrices = rank(2)
+"""The mask of matrices: `rank(2)`. Biases and the scales of norms do not decay."""

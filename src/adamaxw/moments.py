@@ -1,6 +1,6 @@
-"""The moments of a state in plain numbers, and conversions between formats.
+"""The moments of a state as plain numbers, and conversions between formats and optimizers.
 
-A state describes itself, so none of these functions needs the optimizer or its arguments.
+A state describes itself: none of these functions needs the optimizer or its arguments.
 """
 
 from collections.abc import Mapping
@@ -9,23 +9,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.tree_util import keystr, tree_flatten_with_path, tree_leaves_with_path
+from jax.tree_util import keystr, tree_map_with_path
 
-from adamaxw import _conversion, _formats, _leaves, _noise, _paths, _places, _rounding, _torch
-from adamaxw._hyperparameters import checked
-from adamaxw._state import AdamaxState
+from adamaxw import _bits, _checks, _conversion, _formats, _leaves, _noise, _paths, _places, _torch
+from adamaxw._rounding import NEAREST
+from adamaxw._state import AdamaxState, is_state
 
 
 class Moments(NamedTuple):
-    """The contents of a state in plain numbers.
+    """The contents of a state as plain numbers; `count`, `residual` and `seed` are unchanged.
 
-    Attributes:
-        count: int32 scalar, the number of updates done.
-        mu: first moments, a tree with the structure and shapes of params: float32 (float64 or
-            complex where the state is). Zeros of their own dtype for integer and boolean params.
-        nu: infinity norms, like `mu`, but real.
-        residual: the residual of the state, unchanged.
-        seed: the seed of the state, unchanged.
+    First moments `mu` and infinity norms `nu` have the structure and shapes of params: float32, or
+    float64 or, for `mu`, complex where the state is; zeros of their own dtype for integer params.
     """
 
     count: Any  # pyright: ignore[reportIncompatibleMethodOverride]  (tuple.count)
@@ -39,12 +34,9 @@ def unpack(state: AdamaxState) -> Moments:
     """Decodes the moments of a state in any format.
 
     Args:
-        state: an `AdamaxState`; inside a chain it is one element of the state. It may be traced,
-            and may hold Variables of Flax NNX, which the result does not.
-
-    Returns:
-        The moments. With `moment_dtype="uint8"`, `nu` is at least about eps, even before the first
-        step, and `mu` is NaN where a gradient was not finite.
+        state: an `AdamaxState`, such as `state[1]` of a chain; it may be traced or hold Variables
+            of Flax NNX. With `moment_dtype="uint8"`, `nu` is at least about eps even before the
+            first step, and `mu` is NaN where a gradient was not finite.
 
     Raises:
         TypeError: `state` is not an AdamaxState, or a leaf is in no format; names the path.
@@ -57,8 +49,7 @@ def unpack(state: AdamaxState) -> Moments:
         >>> print(*(f"{u:.2f}" for u in adamaxw.moments.unpack(state).nu))
         3.79 0.11
     """
-    _check_state(state)
-    state = _paths.pure(state)
+    state = _plain(state)
 
     def decode(path: Any, mu: Any, nu: Any) -> tuple[Any, Any]:
         fmt = _leaves.format_of(path, mu, nu, state.nu_scale)
@@ -71,117 +62,84 @@ def unpack(state: AdamaxState) -> Moments:
 def pack(
     moments: Moments, moment_dtype: Any = None, eps: jax.typing.ArrayLike = 1e-8
 ) -> AdamaxState:
-    """Encodes moments as a state in the given format; the inverse of `unpack`.
+    """Encodes moments as a state in the given format, rounded to nearest: the inverse of `unpack`.
 
-    Values are rounded to nearest. Unpacked and packed again in its own format, a state stays the
-    same, except that bfloat16 norms are rounded once more, and that `moment_dtype=None` drops the
-    seed: `param_rounding="stochastic"` then draws the noise of seed 0.
+    A state that is unpacked and packed in its own format does not change, except that bfloat16
+    norms are rounded once more and that `moment_dtype=None` drops the seed.
 
     Args:
-        moments: what `unpack` returns, or `Moments` of your own, in any floating dtypes.
-        moment_dtype: None, bfloat16 or uint8, as in `adamaxw.adamaxw`.
-        eps: the eps of the optimizer that will take the state. It matters for uint8 alone, whose
-            norms range from eps to `eps * 2**42.5`.
-
-    Returns:
-        The state, with float64 moments only where `moments` has them and `moment_dtype` is None.
+        moments: what `unpack` returns, or `Moments` of your own in any floating dtypes.
+        moment_dtype: as in `adamaxw.adamaxw`.
+        eps: that of the optimizer that will use the state; it only matters for uint8.
 
     Raises:
         TypeError: `moments` is not a Moments, or a leaf does not fit the format; names the path.
-        ValueError: `moment_dtype` is none of the three, eps is out of bounds, or the trees differ.
+        ValueError: `moment_dtype` or eps is not valid, or the trees differ.
     """
     if not isinstance(moments, Moments):
-        raise TypeError(f"moments must be Moments, as unpack returns, got {type(moments).__name__}")
-    _leaves.check_count("count", moments.count)
-    eps = checked("eps", eps)
-    fmt = _formats.named(moment_dtype, eps)
+        raise TypeError(f"moments must be Moments, as from unpack, got {type(moments)}")
+    eps = _checks.hyperparameter("eps", eps)
+    fmt = _formats.of_moment_dtype(moment_dtype, eps)
+    largest: list[Any] = [jnp.float32(0)]
 
     def widen(path: Any, m: Any, u: Any) -> tuple[Any, Any]:
-        name = keystr(path)
         is_inexact = jnp.issubdtype(m.dtype, jnp.inexact) and jnp.issubdtype(u.dtype, jnp.floating)
         if not is_inexact or fmt.dtypes(m.dtype) is None:
-            raise TypeError(
-                f"mu{name} is {m.dtype} and nu{name} {u.dtype}, which moment_dtype={fmt.name} "
-                "cannot hold"
-            )
+            words = f"mu{keystr(path)} is {m.dtype} and nu{keystr(path)} {u.dtype}"
+            raise TypeError(f"{words}, which moment_dtype={fmt.name} cannot hold")
         first, norm = _formats.WIDE.dtypes(m.dtype)
-        # A code cannot show that a norm is not finite or negative: the first moment does.
+        finite = u.astype(jnp.float32)
+        largest.append(jnp.max(finite, initial=0, where=jnp.isfinite(finite)))
+        # Mark invalid norms as NaN in `m`, because codes of norms cannot represent NaN.
         m = jnp.where(jnp.isfinite(u) & (u >= 0), m.astype(first), jnp.nan)
         return m, u.astype(norm)
 
     mu, nu = _leaves.map_moments(widen, moments.mu, moments.nu)
-    scale = None
+    scale = seed = None
     if fmt.has_scale:
-        # The largest norm sets the grid, so that norms that are on a grid already do not change.
-        norms = [x for x in jax.tree.leaves(nu) if jnp.issubdtype(x.dtype, jnp.floating)]
-        norms = [x.astype(jnp.float32) for x in norms]
-        largest = [jnp.max(x, initial=0, where=jnp.isfinite(x)) for x in norms]
-        if not any(isinstance(x, Tracer) for x in largest) and not _places.lie_together(largest):
-            # No single call takes arrays on several devices.
-            largest = [jnp.float32(float(x)) for x in largest]
-        top = jnp.max(jnp.stack([jnp.float32(0), *largest]))
-        scale = fmt.rescale(top, jnp.asarray(eps, jnp.float32))
+        # No single call takes arrays on several devices.
+        if not any(isinstance(x, Tracer) for x in largest) and not _places.are_together(largest):
+            largest = [float(x) for x in largest]
+        # Start the grid at the largest norm, so that norms that are on a grid do not move.
+        scale = fmt.rescale(jnp.max(jnp.stack(largest)), jnp.asarray(eps, jnp.float32))
+    if fmt.is_noisy:
+        seed = jnp.zeros((), jnp.uint32) if moments.seed is None else moments.seed
 
     def encode(_: Any, m: Any, u: Any) -> tuple[Any, Any]:
-        return fmt.encode(m, u, scale, _formats.TO_NEAREST)
+        return fmt.encode(m, u, scale, _bits.TO_NEAREST)
 
     mu, nu = _leaves.map_moments(encode, mu, nu)
     count = jnp.asarray(moments.count, jnp.int32)
-    seed = None
-    if fmt.is_noisy:
-        seed = jnp.zeros((), jnp.uint32) if moments.seed is None else moments.seed
     return AdamaxState(count, mu, nu, scale, moments.residual, seed)
 
 
 def convert(state: Any, like: Any) -> Any:
     """Converts the state of one optimizer so that another one can continue the run.
 
-    Moments are converted wherever they are in a tree of wrappers: states of `adamaxw` and `adamax`,
-    ours in any format and Optax's, in either direction. Everything else is kept, such as what
-    `optax.MultiSteps` has accumulated and the hyperparameters of `optax.inject_hyperparams`.
+    States of `adamaxw` and `adamax`, ours in any format and Optax's, are converted in either
+    direction wherever they are in a tree of wrappers. Everything else is kept, such as the
+    gradients in `optax.MultiSteps` and the values of `optax.inject_hyperparams`.
 
     Args:
-        state: the state of the old optimizer; it may be traced. Or `Moments`, which replace those
-            of the one AdaMax in `like`; everything else is then taken from `like`.
+        state: the state of the old optimizer, which may be traced; or `Moments`, to replace those
+            of the one AdaMax optimizer in `like`.
         like: what `init` of the new optimizer returns for the same parameters. Only the value of
-            `nu_scale` is used, for eps: unless `moment_dtype` is None it must be an array, which
-            may be traced. All other leaves may be `jax.ShapeDtypeStruct`.
+            `nu_scale` is used, for eps; all other leaves may be `jax.ShapeDtypeStruct`.
 
     Returns:
         The state, with the structure and dtypes of `like` and the shardings of `state`. It may
-        share arrays with `state` (with `like` for Moments): do not donate both. Values are rounded
-        to nearest, or not at all if the format stays. A residual is kept; a new one is zeros.
+        share arrays with either: do not donate both. Values are rounded to nearest, or not at all
+        if the format stays. A residual is kept; a new one is zeros.
 
     Raises:
-        TypeError: where one state has moments, the other is that of another optimizer; or a leaf
-            cannot be kept. Names the path.
-        ValueError: the trees differ in structure, or leaves in shape; `like` has no room for a
-            residual or a moment; or, unless traced, `state` is that of Optax's adam, or its
-            schedules have another count than its moments. Names the path.
-
-    Examples:
-        >>> import adamaxw
-        >>> import jax.numpy as jnp
-        >>> import optax
-        >>> params = jnp.ones(3)
-        >>> state = optax.chain(optax.clip(1.0), optax.adamaxw(1e-3)).init(params)
-        >>> opt = optax.chain(optax.clip(1.0), adamaxw.adamaxw(1e-3, moment_dtype="uint8"))
-        >>> state = adamaxw.moments.convert(state, opt.init(params))
-        >>> print(state[1].count, state[1].nu.dtype)
-        0 uint8
+        TypeError: only one of the two is an AdaMax state, or leaves differ in dtype.
+        ValueError: structures or shapes differ; `like` cannot hold a residual or a moment; or,
+            unless traced, `state` is that of Optax's adam, or its counts differ. Names the path.
     """
     state, goal = _paths.pure(state), _paths.pure(like)
-    name = "state"
     if isinstance(state, Moments):
-        name, state = "like", _conversion.put(pack(state), goal)
-    for path, x in tree_leaves_with_path(state):
-        if isinstance(x, jax.ShapeDtypeStruct):
-            raise TypeError(
-                f"{name}{keystr(path)} must be an array, got {x}; for types alone: "
-                "jax.eval_shape(lambda state: convert(state, like), state)"
-            )
-    leaves = _conversion.convert(state, goal, _in_format_of)
-    return jax.tree.structure(like).unflatten(leaves)
+        state = _conversion.put(pack(state), goal)
+    return jax.tree.structure(like).unflatten(_conversion.convert(state, goal, _repack))
 
 
 def from_torch(
@@ -194,141 +152,81 @@ def from_torch(
 
     Args:
         state: its `state_dict()`, with `tensor.float().numpy()` in place of each tensor; or a flat
-            dict, as from `safetensors.numpy.load_file`, with keys such as "state.0.exp_avg" or
-            "state.dense.weight.exp_avg", which end in exp_avg, exp_inf and step.
-            docs/conversions.md has the lines that write either.
+            dict with keys such as "state.0.exp_avg", as from `safetensors.numpy.load_file`.
         params: the parameters, arrays or `jax.ShapeDtypeStruct`.
-        names: from the path of each leaf of params, with keys joined by "/" as in "dense/kernel",
-            to the number of its parameter in `state`, or to the name where `state` has names. None
-            if `state` has no such parameter: its moments are zeros. Integer leaves need no name.
-        transposes: from the path of a leaf to the axes, as in `np.transpose`, that bring the
-            parameter of PyTorch to the shape of the leaf: (1, 0) for a dense kernel of Flax,
-            (2, 3, 1, 0) for a convolution kernel.
+        names: from the path of each leaf of params, such as "dense/kernel", to the number or name
+            of its parameter in `state`; or to None if `state` has none: its moments are zeros.
+        transposes: from the path of a leaf to the axes, as in `np.transpose`, that bring PyTorch's
+            parameter to the shape of the leaf: (1, 0) for a dense kernel of Flax.
 
     Returns:
         The moments for `convert` or `pack`: float32 (float64 for float64 params), placed as params.
 
     Raises:
-        TypeError: an array is not a NumPy array, such as a tensor of PyTorch, or it is not real.
-        ValueError: names, transposes, params and `state` do not match, without leftovers; a shape
-            differs; parameters differ in their number of steps; or `state` is that of Adam.
-
-    Examples:
-        >>> import adamaxw
-        >>> import numpy as np
-        >>> slots = {"step": 7, "exp_avg": np.ones((2, 3)), "exp_inf": np.full((2, 3), 2.0)}
-        >>> params = {"kernel": np.ones((3, 2), np.float32)}
-        >>> moments = adamaxw.moments.from_torch(
-        ...     {"state": {0: slots}}, params, {"kernel": 0}, {"kernel": (1, 0)}
-        ... )
-        >>> print(moments.count, moments.nu["kernel"].shape)
-        7 (3, 2)
+        ValueError: names, transposes, params and `state` do not match one to one; shapes or numbers
+            of steps differ; or `state` is that of Adam.
     """
     return Moments(*_torch.read(state, params, names, transposes or {}))
 
 
-def _in_format_of(state: AdamaxState, like: AdamaxState | None, like_name: str) -> AdamaxState:
-    """See `_conversion.Reformat`."""
-    if like is None:
-        return state if state.nu_scale is None else pack(unpack(state))
-
-    def dtypes(state: AdamaxState) -> list[Any]:
-        return [x.dtype for x in jax.tree.leaves((state.mu, state.nu, state.nu_scale))]
-
-    if dtypes(state) == dtypes(like):
-        return state
-    moments, eps = unpack(state), 1e-8 if like.nu_scale is None else like.nu_scale
-    rows = zip(jax.tree.leaves(like.mu), jax.tree.leaves(like.nu), strict=True)
-    formats = {_leaves.stored_format(m, u) for m, u in rows if _leaves.trains(m, u)}
-    if not formats:
-        return state._replace(nu_scale=like.nu_scale)
-    fmt, *others = formats
-    if others or fmt is None or fmt.has_scale != (like.nu_scale is not None):
-        raise TypeError(f"{like_name} is no state that init has made: its moments have no format")
-    if isinstance(eps, jax.ShapeDtypeStruct):
-        raise TypeError(
-            f"{like_name}.nu_scale must be an array, which says eps, got {eps}. Without the memory "
-            "for a state: jax.jit(lambda state, params: convert(state, opt.init(params)))"
-        )
-    return pack(moments, fmt.name, eps if isinstance(eps, Tracer) else float(eps))
-
-
 def restart(state: Any) -> Any:
-    """Resets a state in the middle of a run: moments and counts become zero.
+    """Resets moments and counts to zero in the middle of a run.
 
-    For runs that start a fresh optimizer now and again: warm restarts, and the inner loops of
-    federated averaging and DiLoCo. Unlike `init`, it keeps the residual of `param_rounding="exact"`
-    and with it the low bits of the weights, and draws new noise even if no parameter has changed.
+    For warm restarts and for the inner loops of federated averaging and DiLoCo. Unlike `init`, it
+    keeps the residual of `param_rounding="exact"`, and with it the low bits of the weights, and
+    draws new noise even if no parameter has changed.
 
-    Args:
-        state: an `AdamaxState`, or the state of a wrapper or chain that contains one or several.
-            It may be traced.
-
-    Returns:
-        The state, with the same structure, shapes, dtypes and shardings. What is outside of any
-        `AdamaxState` is kept, such as what `optax.MultiSteps` has accumulated.
-
-    Examples:
-        >>> import adamaxw
-        >>> import jax.numpy as jnp
-        >>> opt = adamaxw.adamax(0.5)
-        >>> _, state = opt.update(jnp.ones(2), opt.init(jnp.zeros(2)))
-        >>> print(adamaxw.moments.restart(state).count)
-        0
+    The state may be that of a wrapper or chain, and traced. Structure, shapes, dtypes and shardings
+    stay, and so does everything outside of an `AdamaxState`.
     """
 
-    def anew(node: Any) -> Any:
-        if not isinstance(node, AdamaxState):
+    def restarted(node: Any) -> Any:
+        if not is_state(node):
             return node
         (count,) = jax.tree.leaves(node.count)
         seed = jax.tree.map(lambda seed: _noise.next_seed(seed, count), node.seed)
         zeros = jax.tree.map(jnp.zeros_like, node._replace(residual=None))
         return zeros._replace(residual=node.residual, seed=seed)
 
-    return jax.tree.map(anew, state, is_leaf=lambda node: isinstance(node, AdamaxState))
+    return jax.tree.map(restarted, state, is_leaf=is_state)
 
 
 def master_params(params: Any, state: AdamaxState) -> Any:
     """The float32 weights of a run with `param_rounding="exact"`.
 
-    Args:
-        params: the parameters that go with the state. Both may hold Variables of Flax NNX, which
-            the result does not.
-        state: an `AdamaxState`; inside a chain it is one element of the state.
-
-    Returns:
-        params, with float32 in place of each bfloat16 leaf that has a residual; rounded to bfloat16
-        they are params again. On meshes with explicit axes, they are sharded like the residuals.
+    They are params, with float32 in place of each bfloat16 leaf that has a residual in the
+    AdamaxState; rounded to bfloat16 they are params again.
 
     Raises:
         TypeError: `state` is not an AdamaxState.
-        ValueError: params and the residual differ in structure or shape, or a dtype is wrong.
+        ValueError: params and the residual differ in structure or shape, or a leaf with a residual
+            is not bfloat16.
     """
-    _check_state(state)
-    params, state = _paths.pure(params), _paths.pure(state)
+    params, state = _paths.pure(params), _plain(state)
     if state.residual is None:
         return params
-    _leaves.check_structures("params", params, "state.residual", state.residual)
-    leaves, treedef = tree_flatten_with_path(params)
-    new = []
-    for (path, p), residual in zip(leaves, jax.tree.leaves(state.residual), strict=True):
-        shape = getattr(residual, "shape", ())
-        if _leaves.is_array(p, jnp.bfloat16, shape) and _leaves.is_array(
-            residual, jnp.int16, shape
-        ):
-            p = _rounding.join(_places.lie_like(p, residual), residual)
-        elif not _leaves.is_array(residual, jnp.int8, shape):
-            raise ValueError(
-                f"params{keystr(path)} must be bfloat16 of shape {shape}, like its residual, which "
-                f"is int16, got {_leaves.describe(p)} and {_leaves.describe(residual)}"
-            )
-        new.append(p)
-    return treedef.unflatten(new)
+    _checks.check_structures("params", params, "state.residual", state.residual)
+
+    def master(path: Any, p: Any, residual: Any) -> Any:
+        if residual.dtype == NEAREST.residual_dtype:  # no low bits
+            return p
+        if not _checks.is_array(p, jnp.bfloat16, residual.shape):
+            words = f"params{keystr(path)} must be bfloat16 of shape {residual.shape}"
+            raise ValueError(f"{words}, like its residual, got {_checks.in_words(p)}")
+        return _bits.join(_places.reshard_like(p, residual), residual)
+
+    return tree_map_with_path(master, params, state.residual)
 
 
-def _check_state(state: Any) -> None:
-    if not isinstance(state, AdamaxState):
-        raise TypeError(
-            f"state must be an AdamaxState, got a {type(state).__name__}; find it in the state of "
-            "a wrapper or chain, such as state[1]"
-        )
+def _plain(state: Any) -> AdamaxState:
+    """The state without the Variables of Flax NNX."""
+    if not is_state(state):
+        raise TypeError(f"state must be an AdamaxState, such as state[1], got {type(state)}")
+    return _paths.pure(state)
+
+
+def _repack(state: AdamaxState, moment_dtype: Any, eps: Any) -> AdamaxState:
+    """See `_conversion.Repack`."""
+    if isinstance(eps, jax.Array) and not isinstance(eps, Tracer):
+        eps = float(eps)  # it may be on other devices than the state
+    return pack(unpack(state), moment_dtype, eps)
