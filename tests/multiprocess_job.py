@@ -55,12 +55,11 @@ def equal_gradients(mesh):
     """
     optimizers, shardings = {}, {}
     for strategy, moments, rounding in itertools.product(STRATEGIES, MOMENTS, ROUNDINGS):
-        optimizer = adamaxw.adamaxw(
+        name = f"{strategy} {moments} {rounding}"
+        optimizers[name] = adamaxw.adamaxw(
             0.01, weight_decay=0.1, moment_dtype=moments, param_rounding=rounding
         )
-        name = f"{strategy} {moments} {rounding}"
-        optimizers[name] = optimizer
-        shardings[name] = distributed.shardings_of(strategy, optimizer, SHAPES, mesh)
+        shardings[name] = distributed.shardings_of(strategy, optimizers[name], SHAPES, mesh)
 
     def numbers(seed, scale):
         rng = np.random.default_rng(seed)
@@ -69,22 +68,21 @@ def equal_gradients(mesh):
             for name, x in SHAPES.items()
         }
 
+    def init_one(optimizer, params):
+        params = jax.tree.map(lambda p, x: p.astype(x.dtype), params, SHAPES)
+        return distributed.Run(params, optimizer.init(params))
+
+    def step_one(optimizer, run, grads):
+        updates, state = optimizer.update(grads, run.state, run.params)
+        return distributed.Run(optax.apply_updates(run.params, updates), state)
+
     @functools.partial(jax.jit, out_shardings=shardings)
     def init(params):
-        params = jax.tree.map(lambda p, x: p.astype(x.dtype), params, SHAPES)
-        return {
-            name: distributed.Run(params, optimizer.init(params))
-            for name, optimizer in optimizers.items()
-        }
+        return {name: init_one(optimizer, params) for name, optimizer in optimizers.items()}
 
     @functools.partial(jax.jit, out_shardings=shardings)
     def step(runs, grads):
-        new = {}
-        for name, optimizer in optimizers.items():
-            params, state = runs[name]
-            updates, state = optimizer.update(grads, state, params)
-            new[name] = distributed.Run(optax.apply_updates(params, updates), state)
-        return new
+        return {name: step_one(optimizers[name], run, grads) for name, run in runs.items()}
 
     runs = init(numbers(0, 1.0))
     for i in range(STEPS):

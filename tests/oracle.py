@@ -6,7 +6,7 @@ import numpy as np
 def rms_error(got, exact):
     """Root mean square over steps and elements, each element in units of its own largest."""
     scale = np.max(np.abs(exact), axis=0) + 1e-300
-    return np.sqrt(np.mean(((np.asarray(got, np.float64) - exact) / scale) ** 2))
+    return np.sqrt(np.mean(np.abs((np.asarray(got) - exact) / scale) ** 2))
 
 
 def octaves(got, exact):

@@ -1,4 +1,4 @@
-"""Hyperparameters: every bound, every wrong type, every trap is refused by name."""
+"""Hyperparameters: every bound, every wrong type, and every trap is refused by name."""
 
 import jax
 import jax.numpy as jnp
@@ -9,133 +9,104 @@ import pytest
 import adamaxw
 
 _SCALARS = ("learning_rate", "b1", "b2", "eps", "weight_decay")
+_ONES = jnp.ones(3)
 
 
-def _make(name, value):
-    return adamaxw.adamaxw(**{"learning_rate": 1e-3, name: value})
+def _make(name, value, make=adamaxw.adamaxw):
+    return make(**{"learning_rate": 1e-3, name: value})
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("learning_rate", -1e-3),
-        ("learning_rate", 1e39),  # inf in float32
-        ("b1", -0.1),
-        ("b1", 1.0),
-        ("b1", 1 - 1e-9),  # 1 in float32
-        ("b2", -1),
-        ("b2", 1.1),
-        ("eps", 0.0),
-        ("eps", -1.0),
-        ("eps", 1e-31),
-        ("weight_decay", -1),
-        *((name, bad) for name in _SCALARS for bad in (np.nan, np.inf, -np.inf)),
-    ],
-)
-@pytest.mark.parametrize("kind", [float, np.float64, np.asarray, jnp.asarray])
-def test_out_of_bounds(name, value, kind):
-    """Known values are checked when the optimizer is made, whatever carries them."""
-    with np.errstate(over="ignore"):
-        value = kind(value)
-    with pytest.raises(ValueError, match=rf"^{name} must satisfy .*{name}.*, got "):
-        _make(name, value)
+def _update(opt, params=_ONES):
+    return opt.update(params, opt.init(params), params)[0]
+
+
+_BAD = {
+    "learning_rate": [-1e-3, 1e39],  # inf in float32
+    "b1": [-0.1, 1.0, 1 - 1e-9],  # 1 in float32
+    "b2": [-1.0, 1.1],
+    "eps": [0.0, -1.0, 1e-31],
+    "weight_decay": [-1.0],
+}
+_GOOD = {
+    "learning_rate": [0, np.float32(1e-3)],
+    "b1": [0],
+    "b2": [0, np.int64(1), jnp.asarray(1)],
+    "eps": [1e-30],
+    "weight_decay": [0, jnp.asarray(0.1)],
+}
 
 
 @pytest.mark.parametrize("name", _SCALARS)
-def test_known_arrays_in_a_traced_function(name):
-    """They are known there, too: accepted within bounds, and refused out of them."""
-    good, bad = jnp.float32(0.5), jnp.float32(-1)
-    jax.eval_shape(lambda: _make(name, good).init(jnp.zeros(2)))
-    with pytest.raises(ValueError, match=f"^{name} must satisfy"):
-        jax.eval_shape(lambda: _make(name, bad).init(jnp.zeros(2)))
+def test_bounds(name):
+    """Known values are checked when the optimizer is made, also in a traced function.
 
-
-@pytest.mark.parametrize("name", ["learning_rate", "b1", "b2", "eps"])
-def test_adamax_checks_the_same(name):
-    """They are those of adamaxw, as the arguments are."""
-    with pytest.raises(ValueError, match=f"^{name} must satisfy"):
-        adamaxw.adamax(**{"learning_rate": 1e-3, name: -1.0})
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("learning_rate", 0),
-        ("learning_rate", np.float32(1e-3)),
-        ("b1", 0),
-        ("b2", 0),
-        ("b2", 1),
-        ("b2", np.int64(1)),
-        ("b2", jnp.asarray(1)),
-        ("eps", 1e-30),
-        ("weight_decay", 0),
-        ("weight_decay", jnp.asarray(0.1)),
-    ],
-)
-def test_the_ends_of_the_bounds_and_every_carrier_are_accepted(name, value):
-    """Integers, NumPy scalars and arrays of shape () are numbers."""
-    opt = _make(name, value)
-    params = jnp.ones(2)
-    updates, _ = opt.update(params, opt.init(params), params)
-    assert np.all(np.isfinite(updates))
+    Integers, NumPy scalars and arrays of shape () are numbers, and the ends of bounds are allowed.
+    """
+    for value in (*_BAD[name], np.nan, np.inf):
+        for make in (adamaxw.adamaxw, adamaxw.adamax)[: 1 if name == "weight_decay" else 2]:
+            for carrier in (float, np.float64, np.asarray, jnp.asarray):
+                with np.errstate(over="ignore"), pytest.raises(ValueError, match=f"^{name} "):
+                    _make(name, carrier(value), make)
+        with np.errstate(over="ignore"):
+            known = jnp.float32(value)
+        with pytest.raises(ValueError, match=f"^{name} "):
+            jax.eval_shape(lambda known=known: _make(name, known).init(_ONES))
+    for value in _GOOD[name]:
+        assert np.all(np.isfinite(_update(_make(name, value))))
+        jax.eval_shape(lambda value=value: _make(name, value).init(_ONES))
 
 
 @pytest.mark.parametrize("name", _SCALARS)
-@pytest.mark.parametrize("value", [None, "0.1", True, 1j, [0.1], np.bool_(True), jnp.complex64(1)])
-def test_wrong_types(name, value):
-    """What is no real number is a TypeError with the name."""
-    with pytest.raises(TypeError, match=f"^{name} must be "):
-        _make(name, value)
+def test_wrong_types(name):
+    """What is not a real scalar of at least float32 is refused, traced or not.
 
-
-@pytest.mark.parametrize("name", _SCALARS)
-def test_arrays_that_are_no_scalars(name):
-    """No hyperparameter is broadcast against the parameters."""
-    with pytest.raises(ValueError, match=rf"^{name} must have shape \(\), .*\(2,\)"):
+    Only rates are schedules: for a callable elsewhere, the error suggests optax.inject_hyperparams.
+    """
+    for value in (None, "0.1", True, 1j, [0.1], np.bool_(True), jnp.complex64(1)):
+        with pytest.raises(TypeError, match=f"^{name} "):
+            _make(name, value)
+    with pytest.raises(ValueError, match=f"^{name} "):
         _make(name, jnp.full(2, 0.5))
-
-
-@pytest.mark.parametrize("name", _SCALARS)
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn])
-@pytest.mark.parametrize("wrap", [jnp.asarray, np.asarray])
-def test_dtypes_too_coarse(name, dtype, wrap):
-    """Traced or not: 0.999 is 1 in bfloat16, 1e-8 is 0 in float16."""
-    coarse = wrap(jnp.asarray(0.5, dtype))
-    with pytest.raises(TypeError, match=f"^{name} came as .*hyperparam_dtype"):
-        _make(name, coarse)
-    with pytest.raises(TypeError, match=f"^{name} came as .*hyperparam_dtype"):
-        jax.jit(lambda x: _make(name, x).init(jnp.ones(2)))(coarse)
-
-
-@pytest.mark.parametrize("name", ["b1", "b2", "eps"])
-def test_only_rates_are_schedules(name):
-    """A callable elsewhere: the error names the way to schedule it."""
-    with pytest.raises(TypeError, match=f"^{name} must be .*inject_hyperparams"):
-        _make(name, lambda count: 0.9)
+    # 0.999 is 1 in bfloat16, and 1e-8 is 0 in float16.
+    for dtype in (jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn):
+        coarse = jnp.asarray(0.5, dtype)
+        for value in (coarse, np.asarray(coarse)):
+            with pytest.raises(TypeError, match=f"^{name} "):
+                _make(name, value)
+        with pytest.raises(TypeError, match=f"^{name} "):
+            jax.eval_shape(lambda x: _make(name, x).init(jnp.ones(2)), coarse)
+    if name not in ("learning_rate", "weight_decay"):
+        with pytest.raises(TypeError, match=f"^{name} .*inject_hyperparams"):
+            _make(name, lambda count: 0.9)
+    for value in (None, 1, "yes"):
+        with pytest.raises(TypeError, match=r"^scale_decay_by_lr "):
+            _make("scale_decay_by_lr", value)
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
 @pytest.mark.parametrize(
-    ("result", "error", "message"),
+    ("result", "error"),
     [
-        (None, TypeError, "must be"),
-        (jnp.ones(3), ValueError, "shape"),
-        (jnp.bfloat16(0.1), TypeError, "came as bfloat16"),
+        (None, TypeError),
+        (jnp.ones(3), ValueError),
+        (jnp.bfloat16(0.1), TypeError),
+        (-0.01, ValueError),
+        (np.nan, ValueError),
+        (np.float32(-0.01), ValueError),
+        (jnp.float32(-0.01), ValueError),
     ],
 )
-def test_schedules_that_return_no_scalar(name, result, error, message):
-    """Refused when it is called, by the name of the schedule."""
-    opt = _make(name, lambda count: result)
-    params = jnp.ones(3)
-    with pytest.raises(error, match=rf"^{name}\(count\).*{message}"):
-        opt.update(params, opt.init(params), params)
+def test_what_schedules_return_is_held_to_the_same_rules(name, result, error):
+    """Where the value is known, which it is not in a compiled step."""
+    with pytest.raises(error, match=rf"^{name}\(count\)"):
+        _update(_make(name, lambda count: result))
 
 
-@pytest.mark.parametrize("value", [None, 1, "yes"])
-def test_scale_decay_by_lr_is_a_bool(value):
-    """Nothing else, least of all a number that was meant for another argument."""
-    with pytest.raises(TypeError, match=r"^scale_decay_by_lr must be a bool"):
-        adamaxw.adamaxw(1e-3, scale_decay_by_lr=value)
+def test_a_schedule_of_known_arrays_is_compiled():
+    """They may be computed in the compiled step, or before it."""
+    for rate in (jnp.float32(0.1), 0.1):
+        opt = adamaxw.adamaxw(lambda count, rate=rate: rate + 0 * jnp.float32(1))
+        jax.jit(lambda p, opt=opt: _update(opt, p))(_ONES)
 
 
 def test_inject_hyperparams_on_bfloat16_params_is_refused():

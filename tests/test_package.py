@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import adamaxw
+from adamaxw import moments
 
 _ROOT = Path(__file__).parents[1]
 
@@ -24,6 +25,11 @@ def test_public_names_are_those_in_the_docs():
     visible = [name for name in vars(adamaxw) if not name.startswith("_") and name != "keras"]
     assert sorted(documented) == sorted(adamaxw.__all__) == sorted(visible)
     assert all(getattr(adamaxw, name).__doc__ for name in adamaxw.__all__)
+    public = {name for name in vars(moments) if re.match("[A-Za-z]", name)}
+    own = {x for x in public if getattr(vars(moments)[x], "__module__", "") == moments.__name__}
+    functions = {"unpack", "pack", "convert", "from_torch", "restart", "master_params"}
+    assert own == {"Moments"} | functions
+    assert moments.Moments._fields == ("count", "mu", "nu", "residual", "seed")
 
 
 def test_the_wheel_holds_the_package_alone(tmp_path):
@@ -33,13 +39,11 @@ def test_the_wheel_holds_the_package_alone(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         files = {name for name in archive.namelist() if ".dist-info/" not in name}
-        (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
-        required = re.findall(
-            r"^Requires-Dist: ([\w-]+)(?!.*extra)", archive.read(metadata).decode(), re.M
-        )
+        (path,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        metadata = archive.read(path).decode()
     sources = {f"adamaxw/{path.name}" for path in (_ROOT / "src/adamaxw").glob("*.py")}
     assert files == sources | {"adamaxw/py.typed"}
-    assert required == ["jax", "optax"]
+    assert re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra)", metadata, re.M) == ["jax", "optax"]
 
 
 def test_import_is_quiet_and_light():
