@@ -94,7 +94,8 @@ def signed_root(square: jax.Array, noise: jax.Array | np.uint32) -> jax.Array:
 
 def clip_to_half_range(x: jax.Array) -> jax.Array:
     """`x` clipped to +-2^127, half the range of float32; what is not finite stays so."""
-    return jnp.where(jnp.isfinite(x), lax.clamp(-(2.0**127), x, 2.0**127), x)
+    bound = np.asarray(2.0**127, x.dtype)  # a Python float would be float64 under x64
+    return jnp.where(jnp.isfinite(x), lax.clamp(-bound, x, bound), x)
 
 
 def _once(x: jax.Array) -> jax.Array:
