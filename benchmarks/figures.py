@@ -210,7 +210,7 @@ def _floor_figures(package: Path) -> Iterator[Figure]:
         yield Figure("floors of imports", float("inf"), f"circle: {error.args[1]}", 6)
         return
     yield Figure("floors of imports", len(found), str(len(found)), 6)
-    for i, names in enumerate(found):
+    for i, names in enumerate(found, 1):
         yield Figure(f"  floor {i}", None, ", ".join(names))
 
 
