@@ -39,9 +39,8 @@ descriptions of them. "One leaf" is an array of 4096 x 8192. The trees are those
 
 _LEGEND = f"""- **Rows** name the dtype of the parameters, how moments are stored, and how
   bfloat16 parameters are rounded. Gradients have the dtype of the parameters.
-- **Kernels** are counted per leaf, among kernels that touch more than {compiled_code.LARGE:,}
-  bytes and leaves that need to move more than that. Fewer than 1 means that XLA merges the steps
-  of several leaves.
+- **Kernels**: how many touch more than {compiled_code.LARGE:,} bytes, per leaf that has to move
+  more than that. Fewer than 1 means that XLA merges the steps of several leaves.
 - **Bytes** are read from and written to the chip's main memory, per parameter. In brackets
   stands the least possible: gradients read, parameters and state read and written, once. Copies
   between main memory and the memory on a TPU chip count on the side of main memory.
@@ -65,8 +64,8 @@ responds to:
 - **It is the larger of two terms, memory and arithmetic.** Ten operations per element cost what
   one does as long as memory takes longer; a hundred cost more. While arithmetic hides behind
   memory, only its part in the first window counts, since nothing overlaps with that.
-- **Memory** is bytes over a rate: {rates} bytes per cycle. At the clocks that follow from the
-  stated peaks of matrix products, that is {shares} of the stated bandwidth. A kernel whose
+- **Memory** is bytes divided by a rate in bytes per cycle: {rates}. At the clocks implied by the
+  published peaks of matrix products, that is {shares} of the published bandwidth. A kernel whose
   results are all narrower than 32 bits is charged {narrow} more cycles per 1,000 elements on
   v5e, which its bytes do not explain; a step of bfloat16 parameters with bfloat16 moments is
   such a kernel.
@@ -81,11 +80,10 @@ responds to:
   beside the kernels of a tree: a kernel finds those bytes on the chip free of charge, and a tree
   can have fewer cycles than its bytes allow.
 
-So cycles tell whether the *bytes* of a kernel are right, and bundles whether its arithmetic
-hides behind them: a row with more bundles than cycles takes at least the bundles."""
+Cycles check the bytes of a kernel, bundles its arithmetic; where bundles exceed cycles, they are
+the lower bound of its time."""
 
-_MISSED = """Where they are missed. What was "observed once" comes from a single experiment that no
-committed script repeats."""
+_MISSED = 'Missed targets. "Observed once" marks a single experiment without a committed script.'
 
 
 def _ratio(row: Row, key: str, reference: Row) -> str:
