@@ -4,7 +4,6 @@ import inspect
 
 import equinox as eqx
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -54,38 +53,6 @@ _DTYPES = [
 
 
 @pytest.mark.parametrize(("param_dtype", "grad_dtype"), _DTYPES)
-def test_moves_like_the_oracle(param_dtype, grad_dtype):
-    """In low precision, moments and steps are those of float32, and only the last cast is coarse.
-
-    Complex parameters have a complex first moment and a real norm.
-    """
-    rng = np.random.default_rng(0)
-    wide = jnp.complex64 if param_dtype == "complex64" else jnp.float32
-
-    def draw(dtype):
-        real, imaginary = rng.normal(size=(2, 16))
-        return jnp.asarray(real + 1j * imaginary if wide == jnp.complex64 else real, dtype)
-
-    params = draw(param_dtype)
-    state, update = _OPT.init(params), jax.jit(_OPT.update)
-    assert (state.mu.dtype, state.nu.dtype) == (wide, jnp.float32)
-    oracle = Oracle(params.astype(wide), lr=1e-2, wd=0.1)
-    # One rounding to the gradient's dtype, subnormal in float16 where it is smallest.
-    info = jnp.finfo(grad_dtype)
-    rtol, atol = float(info.eps) / 2 + 2e-5, float(info.smallest_subnormal) + 1e-8
-    for grads in [draw(grad_dtype) for _ in range(300)]:
-        exact = oracle.step(grads.astype(wide))
-        updates, state = update(grads, state, params)
-        assert updates.dtype == grads.dtype
-        np.testing.assert_allclose(updates.astype(wide), exact, rtol, atol)
-        # The decay sees the parameter as it is stored.
-        params = jnp.asarray(oracle.p, param_dtype)
-        oracle.p = np.asarray(params.astype(wide), oracle.p.dtype)
-    np.testing.assert_allclose(state.mu, oracle.m, atol=1e-6)
-    np.testing.assert_allclose(state.nu, oracle.u, rtol=1e-5)
-
-
-@pytest.mark.parametrize(("param_dtype", "grad_dtype"), _DTYPES)
 def test_state_types_are_fixed_at_init(param_dtype, grad_dtype):
     """Structure, shapes, dtypes and weak types: eager, jit, scan, cond and eval_shape."""
     params = {"w": jnp.ones((2, 3), param_dtype), "b": jnp.ones((), param_dtype)}
@@ -105,19 +72,6 @@ def test_state_types_are_fixed_at_init(param_dtype, grad_dtype):
         _OPT.init(jax.eval_shape(lambda: params)),
     ):
         assert types_of(found) == types_of(state)
-
-
-def test_exported():
-    """A step that jax.export has serialized gives the numbers of the step itself."""
-    params = jnp.linspace(-1.0, 1.0, 5)
-    leaves, treedef = jax.tree.flatten((params, _OPT.init(params), params))
-
-    @jax.jit
-    def step(*leaves):
-        return jax.tree.leaves(_OPT.update(*treedef.unflatten(leaves)))
-
-    blob = jax.export.export(step)(*leaves).serialize()
-    assert_equal(jax.export.deserialize(blob).call(*leaves), step(*leaves))
 
 
 def test_python_and_numpy_leaves():
@@ -152,7 +106,7 @@ def test_state_can_be_donated(wrap):
     assert step._cache_size() == 1
 
 
-def test_vmap_over_checks():
+def test_vmap_over_hyperparameters():
     """Every hyperparameter may be a traced scalar; each lane trains as if alone."""
     lanes = [[1e-3, 0.1], [0.0, 0.9], [0.0, 1.0], [1e-8, 1e-4], [0.0, 1.0]]
     params = jnp.linspace(-1.0, 1.0, 6)
@@ -173,7 +127,7 @@ def test_vmap_over_checks():
     np.testing.assert_allclose(many, alone, rtol=1e-5, atol=1e-7)
 
 
-def test_differentiable_with_respect_to_checks():
+def test_differentiable_at_the_bounds():
     """The gradient of a loss after training agrees with differences, at the bounds too."""
 
     @jax.jit
@@ -252,54 +206,24 @@ def test_integer_parameters_get_zero_updates():
     np.testing.assert_allclose(jitted["w"], updates["w"])
 
 
-def test_complex_parameters():
-    """They take the steps of optax.adamaxw, also if hyperparameters are arrays."""
-    params = jnp.asarray(np.random.default_rng(0).normal(size=(8, 2)) @ [1, 1j], jnp.complex64)
-    as_arrays = adamaxw.adamaxw(*map(jnp.float32, (1e-2, 0.9, 0.999, 1e-8, 0.1)))
-    updates = []
-    with jax.numpy_dtype_promotion("standard"):
-        for opt in (optax.adamaxw(1e-2, weight_decay=0.1), _OPT, as_arrays):
-            _, state = opt.update(params, opt.init(params), params)
-            updates.append(opt.update(params.conj(), state, params)[0])
-    for ours in updates[1:]:
-        np.testing.assert_allclose(ours, updates[0], atol=2e-7)
-
-
-@pytest.mark.parametrize(
-    ("rate", "arrays", "rtol"),
-    [
-        (lambda: 1e-2, {}, 1e-12),
-        (lambda: jnp.float32(1e-2), {"b1": jnp.float32, "weight_decay": jnp.float64}, 1e-12),
-        (lambda: lambda t: 1e-2 / (1.0 + t.astype(jnp.float32)), {}, 1e-6),
-    ],
-)
-def test_float64_beside_float32(rate, arrays, rtol):
-    """Under x64 a float64 parameter trains in float64, and its float32 neighbour in float32."""
+def test_float64_beside_float32():
+    """Under x64 each parameter trains in its own precision, whatever that of hyperparameters."""
+    values = np.random.default_rng(0).normal(size=8)
+    dtypes = {"double": "float64", "single": "float32", "complex": "complex128"}
     with x64():
-        rng = np.random.default_rng(0)
-        params = {
-            "double": jnp.asarray(rng.normal(size=8)),
-            "single": jnp.asarray(rng.normal(size=8), jnp.float32),
-            "complex": jnp.asarray(rng.normal(size=8) + 1j * rng.normal(size=8)),
-        }
-        options = {"b1": 0.5, "weight_decay": 0.1}
-        options |= {name: dtype(options[name]) for name, dtype in arrays.items()}
-        opt = adamaxw.adamaxw(rate(), **options)
-        state, step = opt.init(params), jax.jit(opt.update)
-        for tree, dtypes in (
-            (state.mu, ("complex128", "float64", "float32")),
-            (state.nu, ("float64", "float64", "float32")),
-        ):
-            assert tuple(x.dtype for x in jax.tree.leaves(tree)) == dtypes
-        lr = (lambda t: 1e-2 / (1 + t)) if callable(rate()) else float(rate())
-        oracle = Oracle(params["double"], lr=lr, b1=0.5, wd=0.1)
-        for _ in range(50):
-            grads = jax.tree.map(lambda p: p * rng.normal(size=8).astype(p.dtype), params)
-            updates, new = step(grads, state, params)
+        params = {name: jnp.asarray(values, dtype) for name, dtype in dtypes.items()}
+        rates = jnp.float32(1e-2), jnp.float32(0.5)
+        for lr, b1 in (map(float, rates), rates, (lambda t: jnp.float32(1e-2), 0.5)):
+            opt = adamaxw.adamaxw(lr, b1, weight_decay=jnp.float64(0.1))
+            state = opt.init(params)
+            assert {name: x.dtype for name, x in state.mu.items()} == dtypes
+            assert {name: x.dtype for name, x in state.nu.items()} == dtypes | {
+                "complex": "float64"
+            }
+            updates, new = jax.jit(opt.update)(params, state, params)
             assert types_of((updates, new)) == types_of((params, state))
-            state = new
-            np.testing.assert_allclose(updates["double"], oracle.step(grads["double"]), rtol=rtol)
-            oracle.p = np.asarray(params["double"])
+            expected = Oracle(values, float(rates[0]), 0.5, wd=0.1).step(values)
+            np.testing.assert_allclose(updates["double"], expected, rtol=1e-12)
 
 
 _PARAMS = {"w": jnp.ones((2, 3)), "layers": [jnp.ones(2), jnp.ones(3)]}
@@ -356,11 +280,13 @@ def test_what_is_missing_is_refused():
         (lambda s: s._replace(nu={**s.nu, "w": jnp.zeros(())}), r"state\.(mu|nu)\["),
         (lambda s: s._replace(count=jnp.zeros(())), r"state\.count"),
         (lambda s: s._asdict(), "state"),
+        (jax.tree.leaves, "state"),
+        (lambda s: jax.tree.map(lambda x: np.asarray(x).view("V4"), s), "state"),
         (lambda s: optax.adamaxw(1e-3).init(_PARAMS), "state"),
         (lambda s: adamaxw.adamaxw(1e-2, moment_dtype="uint8").init(_PARAMS), "state"),
     ],
 )
 def test_a_state_that_init_does_not_make_is_refused(spoil, named):
-    """One that was cast, or restored as a dict, or is of another format or optimizer."""
+    """One that was cast, or restored as a dict or list, or is of another format or optimizer."""
     with pytest.raises(REFUSED, match=named):
         _OPT.update(_PARAMS, spoil(_STATE), _PARAMS)
