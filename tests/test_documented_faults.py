@@ -1,8 +1,4 @@
-"""What README.md and docs/ say of faults, ours and others', each with that very fault.
-
-In the order of the pages: comparison, optax, algorithm, masks, low_precision, frameworks,
-checkpoints, conversions, scaling, numerics, diagnostics.
-"""
+"""What README.md and docs/ say of faults, ours and others', each with that very fault."""
 
 import functools
 import math
@@ -11,19 +7,16 @@ from pathlib import Path
 import flax.serialization
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import optax
 import pytest
 import reference_failures as failures
 from cases import EVERY_FORMAT, REFUSED, ROUNDINGS, run
 from equality import assert_equal
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
 import adamaxw
-from adamaxw import masks, sharding
+from adamaxw import masks
 
 # The wrappers of Optax promote.
 pytestmark = pytest.mark.usefixtures("standard_promotion", "compile_fast")
@@ -98,13 +91,7 @@ def test_what_optax_does_not_take():
 
 
 def test_updates_in_the_wrong_direction():
-    """Turned around after the optimizer, the decay turns as well: turn the gradients instead.
-
-    Without conjugated gradients imaginary parts go the wrong way, for Optax as well.
-    """
-    opt, turn = adamaxw.adamaxw(0.1, weight_decay=0.5), optax.scale(-1.0)
-    assert np.all(run(optax.chain(opt, turn), _PARAMS, [0.0])[0]["w"] > 1)
-    assert np.all(run(optax.chain(turn, opt), _PARAMS, [0.0])[0]["w"] < 1)
+    """Without conjugated gradients imaginary parts go the wrong way, for Optax as well."""
     for make in (adamaxw.adamaxw, optax.adamaxw):
         opt, p = make(0.1, weight_decay=0.0), jnp.zeros((), jnp.complex64)
         updates, _ = opt.update(jax.grad(lambda p: jnp.abs(p - (1 + 2j)) ** 2)(p), opt.init(p), p)
@@ -176,34 +163,26 @@ def test_frozen_rows(moment_dtype, param_rounding):
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "exact"])
-@pytest.mark.parametrize(
-    "after",
-    [
-        optax.scale_by_schedule(lambda count: jnp.where(count < 5, 1.0, 0.1)),
-        optax.contrib.reduce_on_plateau(patience=5),
-    ],
-)
-def test_what_makes_updates_smaller_afterwards(rounding, after):
-    """Makes training stand still; the same learning rate inside does not, and 'lost' shows it."""
+@pytest.mark.parametrize("is_inside", [False, True])
+def test_what_makes_updates_smaller_afterwards(rounding, is_inside):
+    """Makes training stand still, as 'lost' shows; the same learning rate inside does not."""
 
-    def train(opt):
-        update, params, seen = jax.jit(opt.update), jnp.ones(256, jnp.bfloat16), []
-        state = opt.init(params)
-        for _ in range(20):
-            updates, state = update(jnp.ones_like(params), state, params, value=jnp.float32(1))
-            lost = adamaxw.diagnostics(updates, state, params)["lost"]
-            params = optax.apply_updates(params, updates)
-            seen.append((params, lost))
-        return seen[0][0], seen[4][0], seen[6][0], params, max(lost for _, lost in seen)
+    def rate(count):
+        return jnp.where(count < 5, 3e-3, 3e-4)
 
     make = functools.partial(adamaxw.adamaxw, param_rounding=rounding)
-    first, before, begun, last, lost = train(optax.chain(make(3e-3), after))
-    assert np.any(before != first)
-    assert_equal(last, begun)
-    assert lost > 0.9
-    _, _, begun, last, lost = train(make(lambda count: jnp.where(count < 5, 3e-3, 3e-4)))
-    assert np.any(last != begun)
-    assert lost == 0
+    after = optax.chain(make(3e-3), optax.scale_by_schedule(lambda count: rate(count) / 3e-3))
+    opt, params = make(rate) if is_inside else after, jnp.ones(256, jnp.bfloat16)
+    seen, lost = [], []
+    update, state = jax.jit(opt.update), opt.init(params)
+    for _ in range(20):
+        updates, state = update(jnp.ones_like(params), state, params)
+        lost.append(adamaxw.diagnostics(updates, state, params)["lost"])
+        params = optax.apply_updates(params, updates)
+        seen.append(params)
+    assert np.any(seen[4] != seen[0])
+    assert np.any(seen[19] != seen[6]) == is_inside
+    assert (max(lost) == 0) if is_inside else (max(lost) > 0.9)
 
 
 def test_bad_batches():
@@ -228,40 +207,27 @@ def test_bad_batches():
     assert np.all(np.isnan(run(inside, _PARAMS, [np.nan, *[1.0] * 11])[0]["w"]))
 
 
-def test_states_that_come_back_otherwise():
-    """What comes back as a dict or a list is refused, and so are bytes without their dtype."""
-    opt = adamaxw.adamaxw(1e-3, moment_dtype="bfloat16")
-    state = opt.init(_PARAMS)
-    # As np.savez saves bfloat16.
-    void = jax.tree.map(lambda x: np.asarray(x).view("V2"), state.mu)
-    for bad in (state._asdict(), jax.tree.leaves(state), tuple(state), state._replace(mu=void)):
-        with pytest.raises(REFUSED, match="state"):
-            opt.update(_PARAMS, bad, _PARAMS)
-    seen = jax.tree.map(lambda x: x.view(ml_dtypes.bfloat16), void)
-    opt.update(_PARAMS, state._replace(mu=seen), _PARAMS)
-
-
 # What Orbax has begun to read when something else fails complains when it is collected.
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine .* was never awaited"
 )
 def test_damaged_checkpoints(tmp_path):
-    """Orbax notices a file that is missing or cut short, but may load a flipped bit as if right."""
+    """Orbax notices a file that is cut short or missing, but may load a flipped bit as if right."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(256, 256)), jnp.float32)
     ocp.save(tmp_path / "saved", {"x": x})
     wanted = {"x": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)}
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
-    content = largest.read_bytes()
+    content = bytearray(largest.read_bytes())
     half = len(content) // 2
-    largest.unlink()
-    for damage in (None, content[:half]):
-        if damage is not None:
-            largest.write_bytes(damage)
+    content[half] ^= 4
+    largest.write_bytes(content)
+    assert np.sum(ocp.load(tmp_path / "saved", wanted)["x"] != x) >= 1
+    largest.write_bytes(content[:half])
+    for _ in range(2):
         with pytest.raises(Exception):  # noqa: B017, PT011  Of Orbax or TensorStore, of many kinds.
             ocp.load(tmp_path / "saved", wanted)
-    largest.write_bytes(content[:half] + bytes([content[half] ^ 4]) + content[half + 1 :])
-    assert np.sum(ocp.load(tmp_path / "saved", wanted)["x"] != x) >= 1
+        largest.unlink(missing_ok=True)
 
 
 def _grown(tree):
@@ -271,9 +237,8 @@ def _grown(tree):
 @EVERY_FORMAT
 def test_a_larger_vocabulary(moment_dtype, param_rounding):
     """Old rows go on as they would have, new ones begin with (1 - b1) of the learning rate."""
-    opt = adamaxw.adamaxw(
-        2.0**-5, weight_decay=0.0, moment_dtype=moment_dtype, param_rounding=param_rounding
-    )
+    options = {"moment_dtype": moment_dtype, "param_rounding": param_rounding}
+    opt = adamaxw.adamaxw(2.0**-5, weight_decay=0.0, **options)
     dtype = jnp.float32 if param_rounding == "nearest" else jnp.bfloat16
     small = jnp.linspace(-1, 1, 24, dtype=dtype).reshape(6, 4)
     small, state = run(opt, small, [*[1.0, -0.5, 0.25] * 5, *[1.0] * 15])
@@ -292,18 +257,6 @@ def test_a_larger_vocabulary(moment_dtype, param_rounding):
     if param_rounding == "exact":
         with pytest.raises(REFUSED, match="residual"):
             opt.update(large, packed._replace(residual=moments.residual), large)
-
-
-def test_a_spread_state_without_out_shardings():
-    """Without it, and outside jax.jit, the parameters come back split, too."""
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    params = jax.device_put(jnp.ones((16, 4)), NamedSharding(mesh, P()))
-    opt = adamaxw.adamaxw(1e-3)
-    found = sharding.of_state(opt, params, data_axis="data")
-    state = jax.jit(opt.init, out_shardings=found)(params)
-    for update in (opt.update, jax.jit(opt.update)):
-        new = optax.apply_updates(params, update(params, state, params)[0])
-        assert not new.sharding.is_fully_replicated
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)

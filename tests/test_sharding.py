@@ -258,6 +258,15 @@ def test_inside_shard_map():
     assert_equal_but_for_last_bits(got, _steps(_OPT, params, state, jax.jit))
 
 
+def test_a_spread_state_without_out_shardings():
+    """The parameters come back split as well, under jax.jit and outside."""
+    params = _params(_mesh())
+    state, _ = _spread(_OPT, params)
+    for update in (_OPT.update, jax.jit(_OPT.update)):
+        new = optax.apply_updates(params, update(params, state, params)[0])
+        assert _specs(new)["w"] == _specs(state.mu)["w"] != _specs(params)["w"]
+
+
 @_COMPILE_FAST
 @AXIS_TYPES
 def test_gradients_that_lie_nowhere(axis_type):
