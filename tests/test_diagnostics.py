@@ -120,7 +120,7 @@ def test_in_wrappers(name):
 
 
 def test_groups():
-    """Each key at the top of params is one; a lone array has none.
+    """Each key at the top of params is one, also of Flax NNX; a lone array has none.
 
     `optax.flatten` keeps one vector for all: no fraction of a group is made up from it.
     """
@@ -130,22 +130,13 @@ def test_groups():
     result = adamaxw.diagnostics(*after, groups=True)
     assert set(result) == {p + name for p in ("", "a/", "a/b/") for name in _NAMES}
     _CLOSE(result["a/param_norm"], _norm(after[2]["a"]))
+    variables = nnx.State({"a": nnx.Param(jnp.ones(2)), "a/b": nnx.Param(jnp.zeros(2))})
+    assert adamaxw.diagnostics(*_after(opt, variables, variables, 1), groups=True) == result
     lone = _after(opt, jnp.ones(2), jnp.ones(2))
     assert set(adamaxw.diagnostics(*lone, groups=True)) == _NAMES
     result = adamaxw.diagnostics(*_after(optax.flatten(opt), tree, tree), groups=True)
     assert result["at_floor"] == 0.5
     assert set(result) == _NAMES | {p + n for p in ("a/", "a/b/") for n in _NAMES - {"at_floor"}}
-
-
-def test_flax_nnx():
-    """Variables in params and state count as the arrays in them."""
-    params = nnx.state(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.Param)
-    after = _after(_UINT8, params, jax.tree.map(jnp.ones_like, params))
-    result = adamaxw.diagnostics(*after, eps=_EPS, groups=True)
-    assert set(result) == {
-        p + name for p in ("", "kernel/", "bias/") for name in _NAMES | {"saturated"}
-    }
-    _CLOSE(result["kernel/param_norm"], _norm(after[2]["kernel"]))
 
 
 def test_what_does_not_train_does_not_count():
