@@ -8,14 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import AXIS_TYPES, EVERY_MOMENT_DTYPE
+from cases import EVERY_MOMENT_DTYPE
 from equality import assert_equal
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from modes import apply_updates
 
 import adamaxw
-
-_OPT = adamaxw.adamaxw(1e-2)
 
 
 @pytest.fixture
@@ -99,12 +96,6 @@ def test_an_eager_tree_of_many_leaves_goes_leaf_by_leaf(compiled):
     assert_equal({name: updates[name] for name in first}, expected)
 
 
-def _spread(x, axis_type, shape=(4,), names=("x",), order=1):
-    devices = np.array(jax.devices()[:4])[::order].reshape(shape)
-    mesh = Mesh(devices, names, axis_types=(axis_type,) * len(names))
-    return jax.device_put(x, NamedSharding(mesh, PartitionSpec("x")))
-
-
 @pytest.mark.usefixtures("compile_fast")
 @EVERY_MOMENT_DTYPE
 def test_an_eager_step_of_a_tree_over_several_devices(moment_dtype):
@@ -123,18 +114,6 @@ def test_an_eager_step_of_a_tree_over_several_devices(moment_dtype):
     updates, state = opt.update(apart | {"0": None}, state, apart)
     assert state.count == 3
     assert updates["1"].device == places["1"]
-
-
-@AXIS_TYPES
-def test_an_eager_step_of_a_tree_over_several_meshes(axis_type):
-    """Of the same devices in another order, with axes of other names."""
-    params = {"a": jnp.arange(4.0), "b": jnp.arange(8.0)}
-    a = _spread(params["a"], axis_type)
-    b = _spread(params["b"], axis_type, (2, 2), ("x", "y"), order=-1)
-    (updates, _), (expected, _) = (
-        _OPT.update(tree, _OPT.init(tree), tree) for tree in ({"a": a, "b": b}, params)
-    )
-    assert_equal(updates, expected)
 
 
 @pytest.mark.skipif(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import EVERY_MOMENT_DTYPE, PAIRS, WRAPPERS, states_in
+from cases import AXIS_TYPES, EVERY_MOMENT_DTYPE, PAIRS, WRAPPERS, states_in
 from equality import assert_equal
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -42,8 +42,8 @@ for _cls in (Converting, Refusing):
     )
 
 
-def _mesh(axis_type, shape=(8,), axes=("x",)):
-    return jax.make_mesh(shape, axes, axis_types=(axis_type,) * len(shape))
+def _mesh(axis_type, shape=(8,), axes="x", devices=None):
+    return jax.make_mesh(shape, tuple(axes), (axis_type,) * len(shape), devices=devices)
 
 
 def _put(tree, mesh):
@@ -104,7 +104,7 @@ def _dtypes(tree):
     ids=str,
 )
 def test_trains_as_a_list_of_the_same_arrays(moment_dtype, param_rounding, row):
-    """The same bits whatever the class, wrapper or place; everything reads and restarts the state.
+    """The same bits whatever the class, wrapper or place; everything reads the state.
 
     Without a wrapper the list trains outside jit, to the same bits as under it.
     """
@@ -136,15 +136,7 @@ def test_trains_as_a_list_of_the_same_arrays(moment_dtype, param_rounding, row):
     assert np.isfinite(adamaxw.diagnostics(got, after, got)["update_norm"])
     assert masks.describe(tree, masks.rank(2)).rows
 
-    for fresh in (jax.tree.map(jnp.zeros_like, after), moments.restart(after)):
-        again, last = _train(opt, tree, fresh)
-        assert _types(last) == _types(state)
-        for x, y in zip(jax.tree.leaves(again), jax.tree.leaves(got), strict=True):
-            # With other noise, each step may round a parameter to the other neighbour.
-            rtol = 2.0**-7 if param_rounding == "stochastic" else 1e-7
-            np.testing.assert_allclose(
-                np.asarray(x, np.float32), np.asarray(y, np.float32), atol=0.03, rtol=rtol
-            )
+    assert _types(moments.restart(after)) == _types(state)
 
 
 @pytest.mark.parametrize("params", PARAMS)
@@ -179,12 +171,15 @@ def test_init_from_abstract_parameters_on_a_mesh(moment_dtype):
     assert [x.shape for x in moments_of(params)] == [(8, 8)] * 3
 
 
-@pytest.mark.parametrize("moment_dtype", ["bfloat16", "uint8"])
-def test_two_meshes_in_one_tree_are_refused(moment_dtype):
-    """One scale cannot be on both; float32, which has none, trains."""
-    meshes = _mesh(AxisType.Auto, (2, 4), ("x", "y")), _mesh(AxisType.Auto, (2, 2, 2), tuple("xyz"))
-    params = {name: _put(jnp.ones((8, 8)), mesh) for name, mesh in zip("ab", meshes, strict=True)}
-    with pytest.raises(ValueError, match=r"\['a'\].*\['b'\]"):
-        adamaxw.adamaxw(1e-2, moment_dtype=moment_dtype).init(params)
+@AXIS_TYPES
+def test_two_meshes_in_one_tree(axis_type):
+    """One scale cannot be on both, which is refused; float32, which has none, trains eagerly."""
+    meshes = _mesh(axis_type), _mesh(axis_type, (2, 4), "xy", devices=jax.devices()[::-1])
+    alone = {"a": jnp.ones((8, 8)), "b": jnp.ones((4, 3))}
+    params = {name: _put(x, mesh) for (name, x), mesh in zip(alone.items(), meshes, strict=True)}
+    for moment_dtype in ("bfloat16", "uint8"):
+        with pytest.raises(ValueError, match=r"\['a'\].*\['b'\]"):
+            adamaxw.adamaxw(1e-2, moment_dtype=moment_dtype).init(params)
     opt = adamaxw.adamaxw(1e-2)
-    _train(opt, params, opt.init(params), compiled=False)
+    got, expected = (_train(opt, p, opt.init(p), compiled=False)[0] for p in (params, alone))
+    assert_equal(got, expected)
