@@ -60,12 +60,9 @@ WRAPPERS = {
         make(**HYPER, mask=large), {"w": True, "b": False, "s": True, "odd": False}
     ),
     "partition": lambda make: optax.partition(
-        {"large": make(**HYPER), "rest": make(0.1, weight_decay=0.0)}, _labels
-    ),
-    "partition, one group": lambda make: optax.partition({"all": make(**HYPER)}, "all"),
-    "multi_transform": lambda make: optax.multi_transform(
         {"large": make(**HYPER), "rest": optax.adamw(0.1)}, _labels
     ),
+    "partition, one group": lambda make: optax.partition({"all": make(**HYPER)}, "all"),
     "MultiSteps": lambda make: optax.MultiSteps(make(**HYPER), 3).gradient_transformation(),
     "apply_if_finite": lambda make: optax.apply_if_finite(make(**HYPER), 2),
     "inject_hyperparams": lambda make: optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)(

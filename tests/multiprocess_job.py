@@ -18,12 +18,11 @@ import jax.numpy as jnp
 import launcher
 import numpy as np
 import optax
+from cases import PAIRS
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adamaxw
 
-MOMENTS = (None, "bfloat16", "uint8")
-ROUNDINGS = ("nearest", "stochastic", "exact")
 STRATEGIES = ("zero1", "fsdp")
 STEPS = 4
 # For the example: an eps so large that the last bits of gradients do not decide steps.
@@ -54,7 +53,7 @@ def equal_gradients(mesh):
     bytes of the state on each device of this process.
     """
     optimizers, shardings = {}, {}
-    for strategy, moments, rounding in itertools.product(STRATEGIES, MOMENTS, ROUNDINGS):
+    for strategy, (moments, rounding) in itertools.product(STRATEGIES, PAIRS):
         name = f"{strategy} {moments} {rounding}"
         optimizers[name] = adamaxw.adamaxw(
             0.01, weight_decay=0.1, moment_dtype=moments, param_rounding=rounding

@@ -9,8 +9,6 @@ import optax
 import pytest
 from cases import EVERY_MOMENT_DTYPE
 from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from modes import apply_updates
 
 import adamaxw
@@ -182,18 +180,6 @@ def test_more_elements_than_an_int32():
     opt = adamaxw.adamax(0.1, moment_dtype="uint8")
     state = jax.eval_shape(opt.init, params)
     assert jax.eval_shape(adamaxw.diagnostics, params, state, params)["at_floor"].shape == ()
-
-
-def test_sharded():
-    """Scalars of the whole arrays, wherever their shards lie."""
-    params, grads = jnp.linspace(-1.0, 1.0, 64), jnp.arange(64.0) % 4
-    opt = adamaxw.adamaxw(0.1, moment_dtype="uint8")
-    alone = adamaxw.diagnostics(*_after(opt, params, grads))
-    spread = NamedSharding(jax.make_mesh((8,), ("x",)), P("x"))
-    params, grads = jax.device_put((params, grads), spread)
-    result = jax.jit(adamaxw.diagnostics)(*_after(opt, params, grads))
-    jax.tree.map(_CLOSE, result, alone)
-    assert result["at_floor"] == 0.25
 
 
 def test_bad_arguments_are_refused():

@@ -13,7 +13,6 @@ import pytest
 import reference_failures as failures
 from cases import EVERY_FORMAT, REFUSED, ROUNDINGS, run
 from equality import assert_equal
-from orbax.checkpoint import v1 as ocp
 
 import adamaxw
 from adamaxw import masks
@@ -79,23 +78,11 @@ def test_what_optax_does_not_take():
     assert optax.apply_updates({"w": None}, {"w": None}) == {"w": None}
     with pytest.raises(TypeError):
         optax.apply_updates({"w": jnp.ones(2)}, {"w": None})
-    # docs/low_precision.md: a cast by hand adds the updates of "exact" as promotion does.
     params = jnp.ones(3, jnp.bfloat16)
     opt = adamaxw.adamaxw(1e-3, param_rounding="exact")
     updates, _ = opt.update(params, opt.init(params), params)
-    with jax.numpy_dtype_promotion("strict"):
-        with pytest.raises(ValueError, match="promotion"):
-            optax.apply_updates(params, updates)
-        wide = optax.apply_updates(params.astype(jnp.float32), updates)
-    assert_equal(wide.astype(jnp.bfloat16), optax.apply_updates(params, updates))
-
-
-def test_updates_in_the_wrong_direction():
-    """Without conjugated gradients imaginary parts go the wrong way, for Optax as well."""
-    for make in (adamaxw.adamaxw, optax.adamaxw):
-        opt, p = make(0.1, weight_decay=0.0), jnp.zeros((), jnp.complex64)
-        updates, _ = opt.update(jax.grad(lambda p: jnp.abs(p - (1 + 2j)) ** 2)(p), opt.init(p), p)
-        assert updates.real > 0 > updates.imag
+    with jax.numpy_dtype_promotion("strict"), pytest.raises(ValueError, match="promotion"):
+        optax.apply_updates(params, updates)
 
 
 def test_gradients_that_are_flushed_to_zero():
@@ -191,43 +178,20 @@ def test_bad_batches():
     Inside MultiSteps, a NaN stays in the mean: no step is taken, and then everything is NaN.
     """
     opt = adamaxw.adamaxw(1e-3)
-    around = optax.MultiSteps(opt, 2).gradient_transformation()
+    around = optax.apply_if_finite(optax.MultiSteps(opt, 2).gradient_transformation(), 5)
     skips = optax.MultiSteps(opt, 2, should_skip_update_fn=optax.skip_not_finite)
-    for wrapped, bad, gives_up in (
-        (optax.apply_if_finite(opt, 5), 5, True),
-        (optax.apply_if_finite(around, 5), 5, True),
-        (skips, 50, False),
+    for wrapped, gives_up in (
+        (optax.apply_if_finite(opt, 5), True),
+        (around, True),
+        (skips, False),
     ):
-        params, _ = run(wrapped, _PARAMS, [1.0, *[np.nan] * bad, 1.0])
+        params, _ = run(wrapped, _PARAMS, [1.0, *[np.nan] * 5, 1.0])
         assert_equal(params, run(wrapped, _PARAMS, [1.0, 1.0])[0])
-        params, _ = run(wrapped, _PARAMS, [1.0, *[np.nan] * (bad + 1)])
+        params, _ = run(wrapped, _PARAMS, [1.0, *[np.nan] * 6])
         assert np.all(np.isnan(params["w"])) == gives_up
     inside = optax.MultiSteps(optax.apply_if_finite(opt, 5), 2)
     assert_equal(run(inside, _PARAMS, [np.nan, *[1.0] * 9])[0], _PARAMS)
     assert np.all(np.isnan(run(inside, _PARAMS, [np.nan, *[1.0] * 11])[0]["w"]))
-
-
-# What Orbax has begun to read when something else fails complains when it is collected.
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine .* was never awaited"
-)
-def test_damaged_checkpoints(tmp_path):
-    """Orbax notices a file that is cut short or missing, but may load a flipped bit as if right."""
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(256, 256)), jnp.float32)
-    ocp.save(tmp_path / "saved", {"x": x})
-    wanted = {"x": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)}
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    largest = max(files, key=lambda path: path.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    half = len(content) // 2
-    content[half] ^= 4
-    largest.write_bytes(content)
-    assert np.sum(ocp.load(tmp_path / "saved", wanted)["x"] != x) >= 1
-    largest.write_bytes(content[:half])
-    for _ in range(2):
-        with pytest.raises(Exception):  # noqa: B017, PT011  Of Orbax or TensorStore, of many kinds.
-            ocp.load(tmp_path / "saved", wanted)
-        largest.unlink(missing_ok=True)
 
 
 def _grown(tree):

@@ -9,11 +9,9 @@ import optax
 import pytest
 from cases import AXIS_TYPES, EVERY_FORMAT, EVERY_MOMENT_DTYPE, REFUSED, WRAPPERS, make_params
 from equality import assert_equal_but_for_last_bits, types_of
-from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from modes import apply_updates
-from pure import as_pure
 from scaling import collectives
 
 import adamaxw
@@ -47,9 +45,9 @@ def _places(tree):
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
-def _spread(opt, params, **how):
+def _spread(opt, params):
     """The state of `opt` spread over the axis "data", and its shardings."""
-    found = sharding.of_state(opt, params, data_axis="data", **how)
+    found = sharding.of_state(opt, params, data_axis="data")
     return jax.jit(opt.init, out_shardings=found)(params), found
 
 
@@ -139,7 +137,7 @@ def test_paths_that_end_alike():
 
 
 def test_where_params_have_another_structure():
-    """Lookahead has pairs of params, flatten has one vector, and NNX has Variables."""
+    """Lookahead has pairs of params, and flatten has one vector."""
     params = _params(_mesh())
     pairs = optax.LookaheadParams.init_synced(params)
     found = sharding.of_state(optax.lookahead(_OPT, 3, 0.5), pairs, data_axis="data")
@@ -147,9 +145,6 @@ def test_where_params_have_another_structure():
     assert found.fast_state.nu["b"].spec == P("model")
     found = sharding.of_state(optax.flatten(_OPT), params)
     assert all(where.spec == P() for where in jax.tree.leaves(found))
-    params = nnx.state(nnx.Linear(8, 2, rngs=nnx.Rngs(0)), nnx.Param)
-    state, _ = _spread(_OPT, jax.device_put(params, NamedSharding(_mesh(), P())))
-    assert _specs(as_pure(state.mu)) == {"kernel": ("data", None), "bias": ()}
 
 
 def test_abstract_mesh():
@@ -308,29 +303,6 @@ def test_the_update_gathers_each_parameter_once(axis_type, moment_dtype):
     # gradients: they are gathered, and then added.
     parts = (2 if moment_dtype == "bfloat16" else 1) + 8 * (axis_type == AxisType.Explicit)
     assert compiled.memory_analysis().temp_size_in_bytes <= parts * whole / 8 + 2048
-
-
-@_COMPILE_FAST
-@pytest.mark.skipif(
-    jax.__version_info__ < (0, 10), reason="XLA of that time does not partition moves on the CPU"
-)
-def test_state_in_the_memory_of_the_host():
-    """Streamed to the device for the update and back; the numbers are those without."""
-    params = _params(_mesh())
-    opt = adamaxw.adamaxw(1e-2, moment_dtype="uint8")
-    _, on_device = _spread(opt, params, memory_kind="device")
-
-    def step(params, state):
-        updates, state = opt.update(params, jax.device_put(state, on_device), params)
-        return optax.apply_updates(params, updates), state
-
-    results = []
-    for kind in ("device", "pinned_host"):
-        state, found = _spread(opt, params, memory_kind=kind)
-        assert state.mu["w"].sharding.memory_kind == kind
-        results.append(jax.jit(step, out_shardings=(_places(params), found))(params, state))
-        assert _places(results[-1][1]) == found
-    assert_equal_but_for_last_bits(*results)
 
 
 def test_describe():
