@@ -160,13 +160,13 @@ def test_a_missed_target_is_named_unless_its_cause_is_known(monkeypatch):
         return {"tree": targets.LEAF, "row": name, "chip": "v5e"} | figures
 
     good = {"kernels": 1.0, "bytes": 16.0, "least": 16.0, "temporaries": 0.0, "cycles": 6.0}
-    reference = of(targets.REFERENCE, cycles=10.0)
-    assert all(x.held for x in targets.findings([reference, of("float32, uint8", **good)]))
-    rows = [reference, of("float32, uint8", **good | {"bytes": 17.0, "cycles": 10.2})]
+    reference, name = of(targets.REFERENCE, cycles=10.0), "float32, uint8"
+    assert all(x.held for x in targets.findings([reference, of(name, **good)]))
+    rows = [reference, of(name, **good | {"bytes": 17.0, "cycles": 10.2})]
     size, cycles = (x for x in targets.findings(rows) if not x.held)
-    words = "float32, uint8, v5e, leaf: bytes, relative to the least: 1.06, at most 1 allowed"
-    assert size.refusal() == words
-    excuse = targets.Shortfall("cycles / Optax", "float32, uint8", "v*", "*", 1.1, "because")
+    allowed = "bytes, relative to the least: 1.06, at most 1 allowed"
+    assert size.refusal() == f"{name}, v5e, leaf: {allowed}"
+    excuse = targets.Shortfall("cycles / Optax", name, "v*", "*", 1.1, "because")
     monkeypatch.setattr(targets, "SHORTFALLS", (excuse,))
     found = targets.findings(rows)
     assert [x.target for x in found if not x.met] == [size.target, cycles.target]

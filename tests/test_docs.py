@@ -33,10 +33,9 @@ def _public_names():
     for name in [*adamaxw.__all__, "keras"]:
         yield f"adamaxw.{name}"
         if isinstance(module := getattr(adamaxw, name), ModuleType):
-            for inner, value in vars(module).items():
-                is_own = getattr(value, "__module__", None) == module.__name__
-                if is_own and not inner.startswith("_"):
-                    yield f"adamaxw.{name}.{inner}"
+            own = {x: getattr(y, "__module__", None) for x, y in vars(module).items()}
+            public = [x for x in own if own[x] == module.__name__ and not x.startswith("_")]
+            yield from (f"adamaxw.{name}.{x}" for x in getattr(module, "__all__", public))
 
 
 def test_every_page_is_in_the_navigation_once():

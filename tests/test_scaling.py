@@ -1,5 +1,6 @@
 """The plan for Llama 3 and for TPU pods: arithmetic, compiled programs, pages that show both."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -40,15 +41,14 @@ def test_bytes_fall_with_the_number_of_devices(fmt):
     size = {None: 8, "bfloat16": 4, "uint8": 2}[fmt.moment_dtype] + 2 * (fmt[2] == "exact")
     scalars = 12 if fmt.moment_dtype else 8 if fmt[2] == "stochastic" else 4
     width = {"float32": 4, "bfloat16": 2}[fmt.dtype]
-    for strategy in scaling.STRATEGIES:
-        for model in scaling.MODELS:
-            number = scaling.parameters(model)
-            for n in scaling.DEVICES:
-                mesh = AbstractMesh((n, 1), ("data", "model"))
-                found = scaling.run(scaling.optimizer_of(fmt), model, fmt.dtype, mesh, strategy)
-                assert bytes_a_device(found.state) == number * size // n + scalars
-                whole = number // (n if strategy == "FSDP" else 1)
-                assert bytes_a_device(found.params) == whole * width
+    cells = itertools.product(scaling.STRATEGIES, scaling.MODELS, scaling.DEVICES)
+    for strategy, model, n in cells:
+        number = scaling.parameters(model)
+        mesh = AbstractMesh((n, 1), ("data", "model"))
+        found = scaling.run(scaling.optimizer_of(fmt), model, fmt.dtype, mesh, strategy)
+        assert bytes_a_device(found.state) == number * size // n + scalars
+        whole = number // (n if strategy == "FSDP" else 1)
+        assert bytes_a_device(found.params) == whole * width
 
 
 @pytest.mark.usefixtures("standard_promotion")
