@@ -52,9 +52,6 @@ WRAPPERS = {
     "bare": lambda make: make(**HYPER),
     "mask": lambda make: make(**HYPER, mask=MATRIX),
     "chain": lambda make: optax.chain(optax.clip(0.5), make(**HYPER)),
-    "longer chain": lambda make: optax.named_chain(
-        ("clip", optax.clip_by_global_norm(0.5)), ("adamax", make(**HYPER)), ("ema", optax.ema(0.9))
-    ),
     "masked": lambda make: optax.masked(make(**HYPER), MATRIX),
     "masked, mask inside": lambda make: optax.masked(
         make(**HYPER, mask=large), {"w": True, "b": False, "s": True, "odd": False}

@@ -1,4 +1,4 @@
-"""The benchmarks: the same work for all, results that merge, pages that match the results."""
+"""The benchmarks: the same work for all, results that merge, pages that match, peers' formulas."""
 
 import json
 from pathlib import Path
@@ -11,6 +11,7 @@ import figures
 import harness
 import measure
 import numpy as np
+import peers
 import pytest
 import report
 import results
@@ -18,7 +19,12 @@ import speed
 import targets
 import trees
 from oracle import Oracle
+from peers import FORMULAS, Formula
 from runners import LEARNING_RATE, WEIGHT_DECAY
+
+import adamaxw
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 TINY = {"a": (3, 4), "b": (5,), "c": ()}
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -65,7 +71,6 @@ def tolerance(name):
     return part * LEARNING_RATE * STEPS + (often * 2.0**-9 * 0.1 if narrow else 5e-8)
 
 
-@pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(
     "name",
     [
@@ -93,7 +98,6 @@ def test_each_contender_does_the_work_it_says(name):
     assert runner.state_bytes() == pytest.approx(size, abs=24 + 8 * len(TINY))
 
 
-@pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(
     ("room", "mode"),
     [(2.5, "paired"), pytest.param(1.5, "in turn", marks=pytest.mark.slow), (0.5, None)],
@@ -113,19 +117,14 @@ def test_a_step_is_measured_in_pairs_in_turn_or_not_at_all(monkeypatch, room, mo
         json.dumps(row)
 
 
-def row(tree, contender, run="1"):
-    return {"run": run, "tree": tree, "contender": contender}
-
-
 def test_merging_keeps_other_rows_and_drops_unused_runs(tmp_path):
     found = results.load(tmp_path / "absent.json")
-    first = results.add_run(found, {"command": "first"})
-    results.merge(found, "step", [row("a", "x", first), row("a", "y", first)])
-    second = results.add_run(found, {"command": "second"})
-    results.merge(found, "step", [row("a", "y", second)])
-    assert found["step"] == [row("a", "x", "1"), row("a", "y", "2")]
-    results.merge(found, "step", [row("a", "x", second)])
-    assert list(found["runs"]) == ["2"]
+    for names in ("ab", "b", "a"):
+        run = results.add_run(found, {"command": names})
+        rows = [{"run": run, "tree": "tree", "contender": name} for name in names]
+        results.merge(found, "step", rows)
+        assert [row["contender"] for row in found["step"]] == ["a", "b"]
+    assert list(found["runs"]) == ["2", "3"]
     results.write(tmp_path / "saved.json", found)
     assert results.load(tmp_path / "saved.json") == found
 
@@ -178,20 +177,6 @@ def test_each_known_cause_is_of_a_missed_target():
     assert set(targets.SHORTFALLS) <= {x.shortfall for x in found if not x.met}
 
 
-def test_compiling_is_resumed_until_the_package_changes(tmp_path, monkeypatch):
-    jobs = accelerators.plan(["uint8", "exact"], ["v5e", "H100"], [targets.LEAF])
-    done = []
-    monkeypatch.setattr(accelerators, "run", lambda job: done.append(job) or {"seconds": 1.0})
-    path = tmp_path / "accelerators.json"
-    next(accelerators.measure(jobs, path))
-    assert len(json.loads(path.read_text())["rows"]) == 1
-    list(accelerators.measure(jobs, path))
-    assert done == jobs
-    assert list(accelerators.measure(jobs, path)) == []
-    monkeypatch.setattr(accelerators, "source", lambda: "another")
-    assert len(list(accelerators.measure(jobs, path))) == len(jobs) == 2
-
-
 def test_figures_of_a_package(tmp_path):
     """Code, comments and refusals by line; floors by the longest chain; a circle is found."""
     package = tmp_path / "adamaxw"
@@ -211,3 +196,47 @@ def test_figures_of_a_package(tmp_path):
     (package / "_a.py").write_text("import adamaxw.keras\n")
     with pytest.raises(figures.CycleError):
         figures.floors(package)
+
+
+def test_each_peer_follows_its_formula_and_no_other(capsys, monkeypatch):
+    """To round-off of float64; ours can do the same unless eps is added to the norm."""
+    rows = peers.rows()
+    assert [row.peer for row in rows] == list(FORMULAS)
+    for row in rows:
+        assert row.off < 1e-12, row
+        assert row.next_off > 1e-3, row
+        assert bool(row.same) == (row.formula.eps != "added to the norm"), row
+        assert row.ours_off < 1e-12 or not row.same, row
+    monkeypatch.setattr(peers, "rows", lambda: rows)
+    monkeypatch.setattr("sys.argv", ["peers.py", "--markdown"])
+    peers.main()
+    assert capsys.readouterr().out in (report.PAGE.parent / "comparison.md").read_text(
+        encoding="utf-8"
+    )
+
+
+def test_the_formulas_are_those_of_the_oracle():
+    start, grads = peers.RUNS["start"], peers.RUNS["gradients"]
+    _, expected, _, _ = Oracle(start, peers.LR, peers.B1, peers.B2, peers.EPS, peers.WD).run(grads)
+    got = Formula("in the maximum", "step").run(start, grads)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-14)
+
+
+def test_the_eps_of_keras_hardly_shows_at_its_default():
+    """The same eps of 1e-7 in ours is off by 1e-7 over the gradient, where that is largest."""
+    start, grads = peers.RUNS["start"], peers.RUNS["gradients"]
+    keras = Formula("added to the norm").run(start, grads, eps=1e-7)
+    ours = peers.train(adamaxw.adamax(peers.LR, peers.B1, peers.B2, 1e-7), start, grads)
+    smallest = np.min(np.max(np.abs(grads), axis=0))
+    assert peers.distance(keras, ours) < len(grads) * peers.LR * 1e-7 / smallest
+
+
+def test_the_paper_has_no_eps():
+    """An element without gradient is 0/0 there; the others are as in ours at its least eps."""
+    start, grads = peers.RUNS["start"], peers.RUNS["gradients"]
+    paper = Formula("nowhere").run(start, grads)
+    trained = grads[0] != 0
+    assert np.isnan(paper[-1]).tolist() == (~trained).tolist()
+    ours = peers.train(adamaxw.adamax(peers.LR, peers.B1, peers.B2, 1e-30), start, grads)
+    assert np.isfinite(ours).all()
+    assert peers.distance(paper[:, trained], ours[:, trained]) < 1e-12

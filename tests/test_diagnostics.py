@@ -93,7 +93,6 @@ def test_a_norm_comes_to_the_floor(moment_dtype):
 _UINT8 = adamaxw.adamax(0.1, eps=_EPS, moment_dtype="uint8")
 _IS_DENSE = {"dense": True, "scale": False}
 _WRAPPED = {
-    "chain": optax.chain(optax.clip_by_global_norm(1e12), _UINT8),
     "MultiSteps": optax.MultiSteps(_UINT8, 1).gradient_transformation(),
     "inject_hyperparams": optax.inject_hyperparams(adamaxw.adamaxw)(
         0.1, eps=_EPS, moment_dtype="uint8"

@@ -30,13 +30,11 @@ pytestmark = pytest.mark.usefixtures("compile_fast")
         (language_model.main, ["--steps", "0"], "--steps"),
         (language_model.main, ["--learning-rate", "nan"], "--learning-rate"),
         (language_model.main, ["--optimizer", "optax.adamw", "--rounding", "exact"], "--rounding"),
-        (language_model.main, ["--unknown"], "--unknown"),
         (vae.main, ["--batch-size", "1438"], "--batch-size"),
         (vae.main, ["--output", __file__], "--output"),
         (resume.main, ["--save-every", "0"], "--save-every"),
         (distributed.main, ["--batch-size", "12"], "divisible by the number of devices, 8"),
         (distributed.main, ["--devices", "0"], "--devices: 0 is allowed only with --coordinator"),
-        (distributed.main, ["--process", "0"], "--process: pass it together with --coordinator"),
         (distributed.main, ["--coordinator", "host:1", "--process", "2"], "--process: must be"),
     ],
 )

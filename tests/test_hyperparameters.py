@@ -102,13 +102,6 @@ def test_what_schedules_return_is_held_to_the_same_rules(name, result, error):
         _update(_make(name, lambda count: result))
 
 
-def test_a_schedule_of_known_arrays_is_compiled():
-    """They may be computed in the compiled step, or before it."""
-    for rate in (jnp.float32(0.1), 0.1):
-        opt = adamaxw.adamaxw(lambda count, rate=rate: rate + 0 * jnp.float32(1))
-        jax.jit(lambda p, opt=opt: _update(opt, p))(_ONES)
-
-
 def test_inject_hyperparams_on_bfloat16_params_is_refused():
     """Without hyperparam_dtype b2 would be 1 (google-deepmind/optax#1414)."""
     params = jnp.ones(4, jnp.bfloat16)

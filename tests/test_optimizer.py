@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import REFUSED
+from cases import REFUSED, run
 from equality import assert_equal, types_of
 from modes import x64
 from oracle import Oracle
@@ -109,18 +109,10 @@ def test_state_can_be_donated(wrap):
 def test_vmap_over_hyperparameters():
     """Every hyperparameter may be a traced scalar; each lane trains as if alone."""
     lanes = [[1e-3, 0.1], [0.0, 0.9], [0.0, 1.0], [1e-8, 1e-4], [0.0, 1.0]]
-    params = jnp.linspace(-1.0, 1.0, 6)
-    grads = jnp.asarray(np.random.default_rng(0).normal(size=(20, 6)), jnp.float32)
+    start = jnp.linspace(-1.0, 1.0, 6)
 
     def train(*values):
-        opt = adamaxw.adamaxw(*values)
-
-        def step(carry, g):
-            params, state = carry
-            updates, state = opt.update(g, state, params)
-            return (optax.apply_updates(params, updates), state), None
-
-        return jax.lax.scan(step, (params, opt.init(params)), grads)[0][0]
+        return run(adamaxw.adamaxw(*values), start, [1.0, -0.5, 0.1] * 5, compiled=False)[0]
 
     many = jax.vmap(train)(*map(jnp.asarray, lanes))
     alone = [train(*values) for values in zip(*lanes, strict=True)]
@@ -216,11 +208,9 @@ def test_leaves_that_are_no_numbers_are_refused_at_init(leaf):
     ("path", "bad"),
     [
         (r"\['w'\]", jnp.ones((3, 2))),
-        (r"\['w'\]", jnp.ones(())),
         (r"\['w'\]", [jnp.ones(2)]),
         (r"\['layers'\]\[1\]", [jnp.ones(2), jnp.ones(3, jnp.complex64)]),
         (r"\['layers'\]\[1\]", [jnp.ones(2), jnp.ones(3, jnp.int32)]),
-        (r"\['layers'\]\[1\]", [jnp.ones(2), np.zeros(3, jax.dtypes.float0)]),
         (r"\['layers'\]", (jnp.ones(2), jnp.ones(3))),
         (r"\['layers'\]", [jnp.ones(2)]),
         (r"\['layers'\]", jnp.ones(2)),
