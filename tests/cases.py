@@ -102,10 +102,3 @@ def run(opt, params, factors, state=None, compiled=True):
         updates, state = update(grads, state, params)
         params = apply_updates(params, updates)
     return params, state
-
-
-def decayed(opt, params):
-    """Which leaves change in a step without gradients: those that decay."""
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = jax.jit(opt.update)(zeros, opt.init(params), params)
-    return jax.tree.map(lambda u: bool(np.any(u != 0)), updates)

@@ -222,21 +222,17 @@ def test_the_formulas_are_those_of_the_oracle():
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-14)
 
 
-def test_the_eps_of_keras_hardly_shows_at_its_default():
-    """The same eps of 1e-7 in ours is off by 1e-7 over the gradient, where that is largest."""
+def test_what_the_eps_of_keras_and_none_as_in_the_paper_change():
+    """Keras's is off by 1e-7 over the gradient; without eps, elements without gradient are 0/0."""
     start, grads = peers.RUNS["start"], peers.RUNS["gradients"]
+    rates = peers.LR, peers.B1, peers.B2
     keras = Formula("added to the norm").run(start, grads, eps=1e-7)
-    ours = peers.train(adamaxw.adamax(peers.LR, peers.B1, peers.B2, 1e-7), start, grads)
+    ours = peers.train(adamaxw.adamax(*rates, eps=1e-7), start, grads)
     smallest = np.min(np.max(np.abs(grads), axis=0))
     assert peers.distance(keras, ours) < len(grads) * peers.LR * 1e-7 / smallest
-
-
-def test_the_paper_has_no_eps():
-    """An element without gradient is 0/0 there; the others are as in ours at its least eps."""
-    start, grads = peers.RUNS["start"], peers.RUNS["gradients"]
     paper = Formula("nowhere").run(start, grads)
     trained = grads[0] != 0
     assert np.isnan(paper[-1]).tolist() == (~trained).tolist()
-    ours = peers.train(adamaxw.adamax(peers.LR, peers.B1, peers.B2, 1e-30), start, grads)
+    ours = peers.train(adamaxw.adamax(*rates, eps=1e-30), start, grads)
     assert np.isfinite(ours).all()
     assert peers.distance(paper[:, trained], ours[:, trained]) < 1e-12

@@ -45,14 +45,10 @@ def test_equal_leaves_are_one_function(moment_dtype):
         return lowered.as_text().count("func.func")
 
     params = _tree(7)
-    two_shapes = {name: params[name] for name in "07"}
-    twice = {name: params[name] for name in "0167"}
-    assert functions(params) == functions(two_shapes) > functions({"0": params["0"]})
-    mask = {name: int(name) % 2 == 0 for name in params}
-    assert functions(params, mask) == functions(
-        twice, {"0": True, "1": False, "6": True, "7": 1 > 2}
-    )
-    assert functions(params, mask) > functions(params)
+    two, four = ({name: params[name] for name in names} for names in ("07", "0167"))
+    assert functions(params) == functions(two) > functions({"0": params["0"]})
+    many, few = ({name: name in "0246" for name in tree} for tree in (params, four))
+    assert functions(params, many) == functions(four, few) > functions(params)
 
 
 @pytest.mark.parametrize(("moment_dtype", "first"), [(None, 21), ("bfloat16", 22), ("uint8", 23)])

@@ -86,8 +86,6 @@ def test_a_norm_comes_to_the_floor(moment_dtype):
         updates, state = update(grads, state, params)
         at_floor.append(adamaxw.diagnostics(updates, state, params, eps=_EPS)["at_floor"])
     assert at_floor == [1, *[0] * 8, 1]
-    # With another eps than that of the optimizer, 'at_floor' is wrong.
-    assert adamaxw.diagnostics(updates, state, params, eps=_EPS / 2)["at_floor"] == 0
 
 
 _UINT8 = adamaxw.adamax(0.1, eps=_EPS, moment_dtype="uint8")
@@ -96,9 +94,6 @@ _WRAPPED = {
     "MultiSteps": optax.MultiSteps(_UINT8, 1).gradient_transformation(),
     "inject_hyperparams": optax.inject_hyperparams(adamaxw.adamaxw)(
         0.1, eps=_EPS, moment_dtype="uint8"
-    ),
-    "masked": optax.chain(
-        optax.masked(_UINT8, _IS_DENSE), optax.masked(_UINT8, {"dense": False, "scale": True})
     ),
     "two formats": optax.partition({True: _UINT8, False: adamaxw.adamax(0.1)}, _IS_DENSE),
 }

@@ -132,33 +132,21 @@ def _flip_a_bit(checkpoint):
     file.write_bytes(content)
 
 
-def _renamed(checkpoint):
-    shutil.rmtree(checkpoint)
-    shutil.copytree(checkpoint.with_name("5"), checkpoint)
-
-
 # Orbax waits only for the first read that fails; the others complain when they are collected.
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine .* was never awaited"
 )
-@pytest.mark.parametrize(
-    ("damage", "why"),
-    [
-        (_flip_a_bit, "its checksum differs"),
-        pytest.param(_renamed, "it was saved as step 5", marks=pytest.mark.slow),
-    ],
-)
-def test_a_damaged_checkpoint_is_an_error(damage, why, saved, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_an_error(saved, tmp_path, capsys):
     """It names the checkpoint; once that is moved away, the run resumes from the one before."""
     folder = tmp_path / "run"
     shutil.copytree(saved, folder)
-    damage(folder / "10")
+    _flip_a_bit(folder / "10")
     status, printed, line = one_line_error(
         lambda flags: _resume(folder, *flags), ["--steps", "10"], capsys
     )
     assert (status, printed) == (1, "")
-    named = re.escape(str(folder / "10"))
-    assert re.search(rf"{named} is damaged or cannot be read \({why}\): move it away", line)
+    said = "is damaged or cannot be read (its checksum differs): move it away"
+    assert f"{folder / '10'} {said}" in line
     shutil.move(folder / "10", tmp_path / "away")
     assert _resume(folder, "--steps", "10") == 0
     assert capsys.readouterr().out.startswith("resuming from step 5\nsaved step 10\n")
