@@ -213,10 +213,8 @@ def test_under_jit_and_eval_shape():
     assert_equal_but_for_last_bits(compiled(state, params), expected)
     assert types_of(jax.eval_shape(compiled, state, params)) == types_of(expected)
     shapes = jax.eval_shape(opt.init, params)
-    with pytest.raises(TypeError, match=r"nu_scale|eps"):
+    with pytest.raises(TypeError, match=r"like\.nu_scale"):
         convert(state, shapes)
-    with pytest.raises(TypeError, match=r"state\[0\]\.count"):
-        convert(jax.eval_shape(lambda: state), expected)
     assert_equal(convert(state, shapes._replace(nu_scale=expected.nu_scale)), expected)
 
     restored: Any = jax.tree.map(np.asarray, state)
