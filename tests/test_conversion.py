@@ -52,18 +52,12 @@ def _parts(*before):
 
 _BOTH = (optax, adamaxw)
 _DECAYS = {"weight_decay": optax.linear_schedule(0.0, 0.3, 20), "mask": MATRIX}
-_OF_CASES = (
-    *("mask", "longer chain", "masked", "partition", "multi_transform", "MultiSteps"),
-    *("apply_if_finite", "inject_hyperparams", "inject_hyperparams, scheduled", "flatten"),
-)
-_PAIRS = {name: [WRAPPERS[name](_maker(source)) for source in _BOTH] for name in _OF_CASES} | {
+_PAIRS = {name: [wrap(_maker(source)) for source in _BOTH] for name, wrap in WRAPPERS.items()}
+del _PAIRS["reduce_on_plateau"]  # which needs the value of a loss
+_PAIRS |= {
     "constants": [source.adamaxw(0.01) for source in _BOTH],
     "decay schedule": [source.adamaxw(SCHEDULE, **_DECAYS) for source in _BOTH],
     "adamax": [source.adamax(SCHEDULE) for source in _BOTH],
-    "nested chains": [
-        optax.chain(optax.trace(0.5), optax.chain(optax.chain(source.adamaxw(1.0))))
-        for source in _BOTH
-    ],
     "parts": _parts(),
     "parts behind others": _parts(optax.clip(1.0), optax.trace(0.5)),
 }
@@ -181,7 +175,7 @@ def test_from_16_bits_of_optax(dtype):
 
 
 def test_float16_of_optax_cannot_hold_eps():
-    """Its norms of 1e-8 would be 0, and its steps NaN: refused, with the path."""
+    """Its norms of 1e-8 would be 0, and its steps NaN."""
     params = jnp.ones(2, jnp.float16)
     opt = adamaxw.adamaxw(0.1)
     _, state = opt.update(jnp.array([1.0, 0.0], jnp.float16), opt.init(params), params)
@@ -400,7 +394,6 @@ def _like(**params):
 
 _STATE: Any = optax.chain(optax.clip(1.0), optax.adamaxw(SCHEDULE)).init(PARAMS)
 _AHEAD = (_STATE[0], (_STATE[1][0]._replace(count=jnp.int32(7)), *_STATE[1][1:]))
-_SGD, _LION = optax.sgd(0.1).init(PARAMS), optax.lion(0.1).init(PARAMS)
 
 
 @pytest.mark.parametrize(
@@ -412,17 +405,14 @@ _SGD, _LION = optax.sgd(0.1).init(PARAMS), optax.lion(0.1).init(PARAMS)
         (_STATE, _like(b=jnp.ones(4, jnp.complex64)), r"mu\['b'\]"),
         (_STATE, _like(b=jnp.ones(4, jnp.int32)), r"mu\['b'\]"),
         (_STATE[1][:2], _like(), r"state\[0\].*like\[0\]"),
-        ({"a": _STATE}, {"b": _like()}, "'a'.*'b'"),
         ({"x": jnp.ones(2)}, {"x": jnp.ones(3)}, r"state\['x'\]"),
         # Other optimizers, with the place, and containers from a checkpoint.
-        (_STATE[1][1:], _like(), r"state\[1\]"),
-        ({"x": _SGD}, {"x": _like()[1]}, r"state\['x'\]"),
-        ({"x": _like()[1]}, {"x": _LION}, r"like\['x'\]"),
+        ({"x": optax.sgd(0.1).init(PARAMS)}, {"x": _like()[1]}, r"state\['x'\]"),
+        ({"x": _like()[1]}, {"x": optax.lion(0.1).init(PARAMS)}, r"like\['x'\]"),
         (list(_STATE), _like(), r"init"),
         ({"0": _STATE[1]}, _like()[1], r"init"),
-        # Schedules that have done another number of updates, and no moments of any format.
+        # Schedules that have done another number of updates.
         (_AHEAD, _like(), r"state\[1\].*count"),
-        (_cast(_STATE, jnp.int32), _like(), r"state\[1\]|mu\['b'\]"),
     ],
 )
 def test_what_does_not_fit_is_refused(state, like, words):
