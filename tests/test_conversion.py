@@ -37,7 +37,7 @@ def _maker(source, **options):
 
     def make(learning_rate, b1=0.9, weight_decay=1e-4, mask=None):
         args = {"b1": b1, "weight_decay": weight_decay, "mask": mask, **options}
-        return source.adamaxw(lambda count: learning_rate * 0.9**count, **args)
+        return source.adamaxw(lambda count: learning_rate * 0.97**count, **args)
 
     return make
 
@@ -75,15 +75,11 @@ def _loop(opt):
 _pair_loops = functools.cache(lambda name: [_loop(opt) for opt in _PAIRS[name]])
 
 
-def _cast(tree, dtype="bfloat16"):
-    return jax.tree.map(lambda x: x.astype(dtype), tree)
-
-
 @functools.cache
 def _trained(source=adamaxw, dtype="float32", **options):
     """Params and state after 25 steps."""
-    opt, params = source.adamaxw(0.01, **options), _cast(PARAMS, dtype)
-    return _loop(opt)((params, opt.init(params)), _cast(_FIRST, dtype))
+    opt, params = source.adamaxw(0.01, **options), optax.tree.cast(PARAMS, dtype)
+    return _loop(opt)((params, opt.init(params)), optax.tree.cast(_FIRST, dtype))
 
 
 def _all(state, field):
@@ -168,7 +164,9 @@ def test_from_16_bits_of_optax(dtype):
     """Moments that Optax keeps in the dtype of params are widened, and go back bit for bit."""
     params, state = _trained(optax, dtype, eps=1e-4)
     ours = convert(state, adamaxw.adamaxw(0.01).init(params))
-    assert_equal((ours.mu, ours.nu), tuple(_cast(tree, "float32") for tree in state[0][1:]))
+    assert_equal(
+        (ours.mu, ours.nu), tuple(optax.tree.cast(tree, "float32") for tree in state[0][1:])
+    )
     assert_equal(convert(ours, state), state)
     narrow = adamaxw.adamaxw(0.01, moment_dtype="uint8").init(params)
     assert_equal(convert(state, narrow), pack(unpack(ours), "uint8"))
@@ -280,7 +278,6 @@ def test_leaves_on_several_devices():
 
 @pytest.mark.parametrize(
     ("steps", "scales"),
-    # The average grows to that of all squares.
     [(1, (1e-6, 30)), (30, (1e-6, 0.3)), pytest.param(1000, (1e-6, 0.1), marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("make", [optax.adamw, optax.nadam, optax.lamb])
@@ -376,7 +373,7 @@ def test_in_flax_nnx():
 
 def test_hyperparameters_rounded_by_optax_are_not_taken_over():
     """On bfloat16 params optax.inject_hyperparams has made b2 = 1; numbers set by hand are kept."""
-    params = _cast(PARAMS)
+    params = optax.tree.cast(PARAMS, "bfloat16")
     state = optax.inject_hyperparams(optax.adamaxw)(0.01).init(params)
     opt = optax.inject_hyperparams(adamaxw.adamaxw, hyperparam_dtype=jnp.float32)(0.01)
     like = opt.init(params)

@@ -209,20 +209,14 @@ def test_mixed_float16_scales_losses():
     assert int(inner.state.count) == int(inner.iterations) > 0
 
 
-@pytest.fixture
-def distributed():
-    """Sets a distribution for the models that are made in the test."""
-    yield keras.distribution.set_distribution
-    keras.distribution.set_distribution(None)
-
-
-def test_distributed(distributed):
+def test_distributed(request):
     """Eight devices take the steps of one up to last bits; the state lies as its variables do."""
     alone = _fit(_model(), Adamaxw(1e-2, moment_dtype="uint8"))
     mesh = keras.distribution.DeviceMesh((2, 4), ("batch", "model"))
     layouts = keras.distribution.LayoutMap(mesh)
     layouts[".*kernel"] = ("model", None)
-    distributed(keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch"))
+    request.addfinalizer(lambda: keras.distribution.set_distribution(None))
+    keras.distribution.set_distribution(keras.distribution.ModelParallel(layout_map=layouts))
     model = _model()
     np.testing.assert_allclose(_fit(model, Adamaxw(1e-2, moment_dtype="uint8")), alone, rtol=1e-4)
     shardings = [v.value.sharding for v in model.trainable_variables]

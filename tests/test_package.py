@@ -14,10 +14,7 @@ _ROOT = Path(__file__).parents[1]
 
 
 def test_public_names_are_those_in_the_docs():
-    """`__all__`, what a namespace shows, and the page of the API agree.
-
-    But for `adamaxw.keras`, which is imported by itself, and shows once some test has done so.
-    """
+    """`__all__`, the namespace (`adamaxw.keras` is imported by itself) and the page agree."""
     page = (_ROOT / "docs/api.md").read_text(encoding="utf-8")
     (names,) = re.findall(r"^::: adamaxw\n.*\n *members: \[(.*)\]", page, re.M)
     documented = [*names.split(", "), *re.findall(r"^::: adamaxw\.(\w+)$", page, re.M)]
@@ -25,10 +22,6 @@ def test_public_names_are_those_in_the_docs():
     visible = [name for name in vars(adamaxw) if not name.startswith("_") and name != "keras"]
     assert sorted(documented) == sorted(adamaxw.__all__) == sorted(visible)
     assert all(getattr(adamaxw, name).__doc__ for name in adamaxw.__all__)
-    public = {name for name in vars(moments) if re.match("[A-Za-z]", name)}
-    own = {x for x in public if getattr(vars(moments)[x], "__module__", "") == moments.__name__}
-    functions = {"unpack", "pack", "convert", "from_torch", "restart", "master_params"}
-    assert own == {"Moments"} | functions
     assert moments.Moments._fields == ("count", "mu", "nu", "residual", "seed")
 
 
@@ -63,10 +56,8 @@ def test_import_is_quiet_and_light():
 def test_the_optimizer_is_our_own():
     """Of Optax src takes types alone: its optimizers and helpers are functions, in lower case."""
     for path in (_ROOT / "src").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom):
-                assert not (node.module or "").startswith("optax"), path
-            if isinstance(node, ast.Import):
-                assert not [alias for alias in node.names if alias.name.startswith("optax.")], path
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"^\s*(from optax|import optax\.)", text, re.M), path
+        for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 assert node.value.id != "optax" or node.attr[0].isupper(), (path, node.attr)
