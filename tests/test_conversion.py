@@ -164,9 +164,7 @@ def test_from_16_bits_of_optax(dtype):
     """Moments that Optax keeps in the dtype of params are widened, and go back bit for bit."""
     params, state = _trained(optax, dtype, eps=1e-4)
     ours = convert(state, adamaxw.adamaxw(0.01).init(params))
-    assert_equal(
-        (ours.mu, ours.nu), tuple(optax.tree.cast(tree, "float32") for tree in state[0][1:])
-    )
+    assert_equal([ours.mu, ours.nu], optax.tree.cast(list(state[0][1:]), "float32"))
     assert_equal(convert(ours, state), state)
     narrow = adamaxw.adamaxw(0.01, moment_dtype="uint8").init(params)
     assert_equal(convert(state, narrow), pack(unpack(ours), "uint8"))
@@ -174,8 +172,7 @@ def test_from_16_bits_of_optax(dtype):
 
 def test_float16_of_optax_cannot_hold_eps():
     """Its norms of 1e-8 would be 0, and its steps NaN."""
-    params = jnp.ones(2, jnp.float16)
-    opt = adamaxw.adamaxw(0.1)
+    params, opt = jnp.ones(2, jnp.float16), adamaxw.adamaxw(0.1)
     _, state = opt.update(jnp.array([1.0, 0.0], jnp.float16), opt.init(params), params)
     like = optax.adamaxw(0.1).init(params)
     large = state._replace(mu=state.mu + 1e5, nu=state.nu + 1)
@@ -271,8 +268,8 @@ def test_leaves_on_several_devices():
     _, state = old.update(params, old.init(params), params)
     got = convert(state, new.init(params))
     assert [got.nu[key].devices() for key in params] == [{devices[1]}, {devices[2]}]
-    alone = new.init(jax.device_get(params))
-    assert_equal(jax.device_get(got), convert(jax.device_get(state), alone))
+    state, like = jax.device_get((state, new.init(params)))
+    assert_equal(jax.device_get(got), convert(state, like))
     new.update(params, got, params)
 
 
@@ -364,7 +361,6 @@ def test_in_flax_nnx():
     moments, masters = unpack(converted), master_params(params, converted)
     assert_equal(moments, unpack(as_pure(converted)))
     assert_equal(masters, master_params(as_pure(params), as_pure(converted)))
-    assert masters["kernel"].dtype == jnp.float32
     back = convert(converted._replace(residual=None), old.opt_state)
     again = convert(moments, new.opt_state)
     for got, like in ((converted, new), (again, new), (back, old)):
@@ -381,7 +377,6 @@ def test_hyperparameters_rounded_by_optax_are_not_taken_over():
         convert(state, like)
     state = state._replace(hyperparams=like.hyperparams | {"learning_rate": 5e-4})
     new = convert(state, like)
-    assert types_of(new) == types_of(like)
     assert new.hyperparams["learning_rate"] == np.float32(5e-4)
 
 
@@ -403,12 +398,11 @@ _AHEAD = (_STATE[0], (_STATE[1][0]._replace(count=jnp.int32(7)), *_STATE[1][1:])
         (_STATE, _like(b=jnp.ones(4, jnp.int32)), r"mu\['b'\]"),
         (_STATE[1][:2], _like(), r"state\[0\].*like\[0\]"),
         ({"x": jnp.ones(2)}, {"x": jnp.ones(3)}, r"state\['x'\]"),
-        # Other optimizers, with the place, and containers from a checkpoint.
+        # Other optimizers, containers from a checkpoint, and schedules with other counts.
         ({"x": optax.sgd(0.1).init(PARAMS)}, {"x": _like()[1]}, r"state\['x'\]"),
         ({"x": _like()[1]}, {"x": optax.lion(0.1).init(PARAMS)}, r"like\['x'\]"),
         (list(_STATE), _like(), r"init"),
         ({"0": _STATE[1]}, _like()[1], r"init"),
-        # Schedules that have done another number of updates.
         (_AHEAD, _like(), r"state\[1\].*count"),
     ],
 )
