@@ -137,7 +137,7 @@ def _filled(state):
 @pytest.mark.parametrize("goal", _NAMES)
 @pytest.mark.parametrize("source", [*_NAMES, "optax"])
 @pytest.mark.parametrize(
-    "wrapper", ["bare", "longer chain", "MultiSteps", "inject_hyperparams", "masked", "partition"]
+    "wrapper", ["bare", "chain", "MultiSteps", "inject_hyperparams", "masked", "partition"]
 )
 def test_every_format_in_every_wrapper(wrapper, source, goal):
     """Moments are those of pack and unpack with the new eps; all that is not AdaMax is kept."""

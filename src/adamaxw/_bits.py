@@ -55,8 +55,8 @@ def upper(bits: jax.Array, residual: jax.Array) -> jax.Array:
 
 def join(p: jax.Array, residual: jax.Array) -> jax.Array:
     """The float32 whose upper half is `p` (bfloat16) and whose lower half is `residual` (int16)."""
-    # Where `p` was changed since the residual was stored, the result is within half a step of
-    # bfloat16 of the new `p`.
+    # If something else has changed `p`, the residual is stale, but moves the result by at most half
+    # a bfloat16 step from the new `p`.
     high = lax.bitcast_convert_type(p, jnp.int16).astype(jnp.int32) << 16
     residual = residual.astype(jnp.int32)
     # A zero has no smaller magnitude: the bits of -0 minus 1 are a NaN.
@@ -66,16 +66,16 @@ def join(p: jax.Array, residual: jax.Array) -> jax.Array:
 
 
 def nearest_level(u: jax.Array, levels: int) -> jax.Array:
-    """The nearest level to a norm in units of `level_unit`, uint32: 0 or 255 beyond the range.
+    """The code (uint32) nearest to a norm that was multiplied by `level_unit`, clipped to 0..255.
 
-    From level to level `u^levels` doubles. So the level is the exponent of that float32, which is
-    0 for what is too small and 255 for inf.
+    `u^levels` doubles from one level to the next, so the code is its float32 exponent field, which
+    is 0 on underflow and 255 on overflow.
     """
     return lax.bitcast_convert_type(lax.integer_pow(u, levels), jnp.uint32) >> 23
 
 
 def level_unit(scale: jax.Array, levels: int) -> jax.Array:
-    """The factor of norms for `nearest_level`: `scale` gets the exponent 0, half a level higher."""
+    """The factor for `nearest_level`: maps `scale` to code 0, plus half a level so as to round."""
     return np.float32(2 ** ((0.5 - 127) / levels)) / scale
 
 
@@ -99,7 +99,7 @@ def clip_to_half_range(x: jax.Array) -> jax.Array:
 
 
 def _once(x: jax.Array) -> jax.Array:
-    """`x`, computed once: in two loops a compiler might fuse products and sums differently."""
-    # XLA does not repeat a division, here by 1, on CPU and GPU. On TPU there is one loop anyway.
+    """`x`, computed once: two loops that each recompute it might round it differently."""
+    # XLA for CPU and GPU does not duplicate a division, so divide by 1. TPUs run a single loop.
     one = jnp.where(jnp.isnan(x), 2.0, 1.0)
     return lax.platform_dependent(x, one, tpu=lambda x, _: x, default=jnp.divide)

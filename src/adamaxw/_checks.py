@@ -53,7 +53,7 @@ def hyperparameter(name: str, value: Any, label: str = "") -> Any:
 
 
 def at(name: str, value: Any, count: jax.Array) -> Scalar:
-    """A number, an array or the value, checked as well, of a schedule after `count` updates."""
+    """The value after `count` updates: checks what a schedule returns, passes the rest through."""
     return hyperparameter(name, value(count), f"{name}(count)") if callable(value) else value
 
 
@@ -80,14 +80,14 @@ def is_array(x: Any, dtype: Any, shape: tuple[int, ...] = ()) -> bool:
 
 
 def as_array(x: Any) -> Any:
-    """`x` as an array of JAX if it is a number or a NumPy array of inexact ones; else `x`."""
+    """`x` as a JAX array if it is a Python number or an inexact NumPy array; otherwise `x`."""
     is_number = isinstance(x, (bool, int, float, complex)) or hasattr(x, "__jax_array__")
     is_numpy = isinstance(x, (np.ndarray, np.generic)) and kind_of(x) in ("real", "complex")
     return jnp.asarray(x) if is_number or is_numpy else x
 
 
 def in_words(x: Any) -> str:
-    """A leaf in an error, however large it is."""
+    """A short description of a leaf for error messages: dtype and shape, never all values."""
     is_array = hasattr(x, "dtype") and hasattr(x, "shape")
     return f"{x.dtype} of shape {x.shape}" if is_array else reprlib.repr(x)
 
@@ -95,7 +95,7 @@ def in_words(x: Any) -> str:
 def check_prefix(
     prefix_name: str, prefix: Any, name: str, tree: Any, is_leaf: Any = None
 ) -> list[Any]:
-    """The subtrees of a tree below the leaves of a prefix of it."""
+    """The subtrees of `tree` at the leaves of `prefix`; a ValueError if it is not a prefix."""
     try:
         return jax.tree.structure(prefix, is_leaf=is_leaf).flatten_up_to(tree)
     except ValueError as error:

@@ -81,7 +81,7 @@ def _converted(state: Any, like: Any, repack: Repack, where: str) -> list[Any]:
     else:
         eps = 1e-8 if goal.nu_scale is None else goal.nu_scale
         if isinstance(eps, jax.ShapeDtypeStruct):
-            raise TypeError(f"{other}.nu_scale must be an array, from which eps is read, got {eps}")
+            raise TypeError(f"{other}.nu_scale must be an array, as opt.init makes it, got {eps}")
         new = repack(source, formats.pop().name, eps)
 
     count = jnp.asarray(source.count, jnp.int32)
@@ -151,12 +151,12 @@ def _chain(node: Any) -> tuple[Any, ...]:
 
 def _from_optax(name: str, moments: optax.ScaleByAdamState, *schedules: Any) -> AdamaxState:
     """The moments of a state of Optax in the format of `moment_dtype=None`."""
-    # Adam's state has the same type. It is refused if its values show it, which traced ones do not.
+    # Adam's state has the same type: only its values can tell, so traced states pass unchecked.
     if not any(isinstance(x, Tracer) for x in jax.tree.leaves((moments, schedules))):
         count, *others = map(int, jax.tree.leaves((moments.count, schedules)))
         if any(other != count for other in others):
             raise ValueError(
-                f"{name} has count {count}, its schedules {others}: optax.tree.set sets all to one"
+                f"{name} has count {count}, its schedules {others}: use optax.tree.set(.., count=n)"
             )
         rows = zip(tree_leaves_with_path(moments.mu), jax.tree.leaves(moments.nu), strict=True)
         for (path, m), u in rows:

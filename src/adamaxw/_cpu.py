@@ -31,7 +31,7 @@ def logarithmic_step(
     (mu, nu), (scale, new_scale) = stored, scales
     b1, b2, eps = cast(constants, jnp.float32)
     g = g.astype(jnp.float32)
-    # The scale decays, then rises by whole levels; all codes fall by their number.
+    # The scale decays by b2, then is raised by `fall` levels: every code drops by `fall`.
     left = shrink(b2, scale)
     fall = jnp.round(fmt.levels * jnp.log2(new_scale / jnp.abs(left)))  # 0 may be -0
     fall = jnp.clip(fall, -1000, 255).astype(jnp.int32)
@@ -39,7 +39,7 @@ def logarithmic_step(
     size, unit = jnp.abs(g), level_unit(new_scale, fmt.levels)
     level = nearest_level(size * unit + eps * unit, fmt.levels)
     risen = jnp.maximum(level.astype(jnp.int32), fallen)
-    # The first moment, in units of squared codes: first for the fallen norm, then for the risen.
+    # The first moment in units of squared codes, relative to the decayed norm, then to the new one.
     since = scale / (new_scale * jnp.exp2(-fall.astype(jnp.float32) / fmt.levels))
     weight = b1.rest * (np.float32(127**2 / fmt.peak) / new_scale)
     code = mu.astype(jnp.float32)

@@ -35,7 +35,7 @@ def diagnostics(
         groups: whether to add the same scalars per top-level key of params, as `f"{key}/{name}"`.
 
     Returns:
-        A dict of float32 scalars, whose keys depend only on the structure of the arguments:
+        A dict of float32 scalars, whose keys depend only on structures, shapes and dtypes:
 
         - 'update_norm', 'param_norm': global 2-norms of updates and params;
         - 'update_to_weight': their ratio, about 1e-3 as a rule of thumb; inf if all parameters
@@ -44,7 +44,7 @@ def diagnostics(
           that do not change the parameter. With `param_rounding` "stochastic" and "exact" it is 0,
           unless a later transformation scales the updates: then training stalls;
         - 'at_floor': the fraction of elements whose infinity norm is at its lower bound, eps,
-          because they have long not seen a significant gradient;
+          which have had no gradient well above eps for a long time;
         - 'saturated', only with `moment_dtype="uint8"`: the fraction at the upper bound,
           `eps * 2**42.5`. Their steps are too small: raise eps, or clip or scale the gradients.
 

@@ -3,8 +3,8 @@
 Two facts make few bits enough for AdaMax; `docs/numerics.md` proves them.
 
 - `u_t = max(b2 u_{t-1}, |g_t| + eps)` decays for all elements at once. Stored as `u = scale w`,
-  with the decay moved into the scalar `scale`, `w` never decreases, and rounding commutes with the
-  maximum: the stored norm is the exact one rounded once, however many steps were taken.
+  with the decay in `scale`, `w` only rises or shifts exactly along its grid, and rounding commutes
+  with the maximum: the stored norm is the exact one rounded once, however many steps were taken.
 - `|m_t|` is at most about `u_t`, so their ratio has the same fixed range for every element.
 """
 
@@ -51,7 +51,7 @@ class Format:
     # Whether norms are in units of a scale, and whether `encode` rounds at random.
     has_scale: ClassVar[bool] = False
     is_noisy: ClassVar[bool] = False
-    # How far above eps a stored norm of eps may be, in any format.
+    # In every format, a stored norm of eps is at most this times eps (uint8: half a level more).
     floor_tolerance: ClassVar[float] = 2 ** (1 / 12) * (1 + 1e-4)
 
     def dtypes(self, dtype: Any) -> Any:
@@ -62,7 +62,7 @@ class Format:
         return norm, norm
 
     def rescale(self, scale: jax.Array, eps: jax.Array) -> jax.Array | None:
-        """`scale` moved by whole levels to where norms from `eps` are in range; 0 starts anew.
+        """Moves `scale` by whole levels until norms from `eps` up are in range; 0 restarts it.
 
         Both are float32 scalars. None in a format without a scale.
         """
@@ -131,7 +131,7 @@ class BFloat16(_Narrow):
 
     @partial(jax.jit, static_argnums=0)
     def encode(self, m: jax.Array, u: jax.Array, scale: Any, noise: Any) -> Pair:
-        # Half the range, because rounding and the unit of a later scale increase the numbers.
+        # Leave headroom: numbers near the largest float32 would round up to inf in bfloat16.
         m, u = (_bits.clip_to_half_range(x).astype(jnp.float32) for x in (m, u))
         w = (u * (1 / scale)).astype(jnp.bfloat16)
         # Gives `scale w` the derivative of u, with respect to the scale as well.
@@ -141,7 +141,7 @@ class BFloat16(_Narrow):
 
     @partial(jax.jit, static_argnums=(0, 4))
     def decode(self, mu: jax.Array, nu: jax.Array, scale: Any, dtype: Any) -> Pair:
-        """See `Format`. The norm is NaN if the scale is that of another format."""
+        """See `Format`. The norm is NaN if the scale is neither 0 nor in [1, 2): it is corrupt."""
         is_scale = ((scale >= 1) & (scale < 2)) | (scale == 0)
         scale = jnp.where(is_scale, scale, jnp.nan)
         return mu.astype(dtype), (nu.astype(jnp.float32) * scale).astype(dtype)
@@ -164,7 +164,7 @@ class Logarithmic(_Narrow):
     peak: float = 1.25
     name: ClassVar[str | None] = "uint8"
     stored: ClassVar[tuple[Any, Any]] = (jnp.int8, jnp.uint8)
-    # At the lower end norms go up to 620; at the upper end float32 holds all of them.
+    # With eps=1e-10 norms reach only 620; above 1e25 float32 could not hold the largest ones.
     eps_range: ClassVar[tuple[float, float]] = (1e-10, 1e25)
 
     def rescale(self, scale: jax.Array, eps: jax.Array) -> jax.Array | None:
@@ -177,7 +177,7 @@ class Logarithmic(_Narrow):
         if m.dtype == jnp.float64:
             m, u = _bits.clip_to_half_range(m), _bits.clip_to_half_range(u)
         m, u = m.astype(jnp.float32), u.astype(jnp.float32)
-        # Compute one code from the other as stored: otherwise XLA for TPU makes two kernels.
+        # Compute `mu` from the stored `nu`: XLA for TPU makes two kernels of independent results.
         unit = _bits.level_unit(scale, self.levels)
         nu = _bits.nearest_level(u * unit, self.levels).astype(jnp.uint8)
         square = m * (np.float32(127**2 / self.peak) / scale) * self._power(nu, -1)
@@ -201,7 +201,7 @@ class Logarithmic(_Narrow):
         return {"saturated": (nu == 255) & (mu != -128)}
 
     def step(self, *arguments: Any) -> Pair:
-        """See `Format`. A gradient beyond the range of norms counts as the largest in range."""
+        """See `Format`. Finite gradients are clipped to the largest norm that can be stored."""
         g, stored, scales, noise, constants = lax.stop_gradient(arguments)
         g = g.astype(arithmetic(g.dtype))
         size, largest = jnp.abs(g), scales[1] * np.float32(2 ** (255 / self.levels))

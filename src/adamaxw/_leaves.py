@@ -16,9 +16,9 @@ from adamaxw._state import AdamaxState
 
 _HINT = (
     "For another moment_dtype, use adamaxw.moments.convert; for another param_rounding, "
-    'state._replace(residual=None). With "exact", params keep the dtype that they had at init: '
-    'where it changes on the way, as in flowjax and optimistix, use "stochastic". np.savez forgets '
-    "bfloat16: array.view(ml_dtypes.bfloat16)"
+    'state._replace(residual=None). With "exact", params must keep their dtype: where a library '
+    'makes them float32, as flowjax and optimistix do, use "stochastic". If np.savez dropped the '
+    "dtype bfloat16, restore it with array.view(ml_dtypes.bfloat16)"
 )
 
 
@@ -53,8 +53,8 @@ def zeros(params: Any, fmt: Format, param_rounding: str) -> list[Any]:
         if kind is None or dtypes is None or rounding is None:
             raise TypeError(
                 f"params{keystr(path)} must be an array of numbers that moment_dtype={fmt.name} "
-                f'and param_rounding="{param_rounding}" support, got {in_words(p)}: put None in '
-                "its place, use optax.partition, or optax.contrib.split_real_and_imaginary"
+                f'and param_rounding="{param_rounding}" support, got {in_words(p)}. Replace it '
+                "by None, use optax.partition, or optax.contrib.split_real_and_imaginary if complex"
             )
         dtypes = (*dtypes, rounding.residual_dtype)
         rows.append([jnp.zeros_like(p, dtype=dtype) for dtype in dtypes])
@@ -66,7 +66,7 @@ def zeros(params: Any, fmt: Format, param_rounding: str) -> list[Any]:
 
 def columns(treedef: Any, rows: list[Any], number: int) -> list[Any]:
     """One tree of the first elements of the rows, one of the second, and so on."""
-    # Nothing but arrays goes into their nodes: the classes of users may inspect what they hold.
+    # Unflatten with arrays only, never with tuples: users' node classes may inspect their children.
     return [treedef.unflatten([row[i] for row in rows]) for i in range(number)]
 
 
@@ -81,7 +81,7 @@ def side_by_side(
     """The structure of the gradients and their leaves, each with what belongs to it."""
     # A None in the gradients is a leaf. `decays` says which leaves of params decay.
     if updates is None and state.mu is not None:
-        raise ValueError("gradients are None; a tree with the structure of params is needed")
+        raise ValueError("gradients must be a tree with the structure of params, got None")
     gradients, treedef = tree_flatten_with_path(updates, is_leaf=_is_none)
 
     def leaves(name: str, tree: Any) -> list[Any]:
@@ -114,7 +114,7 @@ def _fitted(
     """How a parameter is rounded, None where it does not train; refuses leaves that do not fit."""
     m, u, residual = stored
     if not jax.tree_util.all_leaves([m]):
-        raise ValueError(f"gradients{path} is a leaf where params had a subtree at init")
+        raise ValueError(f"gradients{path} must be a subtree, as params{path} was at init")
     kind = stored_kind(m, u, fmt)
     for name, x in given.items():
         if kind is not None and (kind_of(x) != kind or x.shape != m.shape):

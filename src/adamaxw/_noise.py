@@ -17,7 +17,7 @@ Keys = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def seed_of(params: Any) -> jax.Array:
-    """A uint32 hash of all floating leaves, so that each new run gets its own noise."""
+    """A uint32 hash of the real leaves: a run that starts from other parameters has other noise."""
     # A sum over elements, and over the shards inside `jax.shard_map`: the same on every mesh.
     arrays = [x for x in jax.tree.leaves(params) if not isinstance(x, jax.ShapeDtypeStruct)]
     sums = [_sum_of_bits(x) for x in arrays if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
@@ -64,9 +64,9 @@ def draw(
     `jax.shard_map`, each shard along `axes` draws its own.
     """
     key, other, zero = keys
-    # XLA for CPU and GPU compiles equal kernels once, so leaves must not differ by a constant:
-    # the position in the array is not one. If all leaves shared an array, XLA for GPU would merge
-    # their kernels and compile for minutes. XLA for TPU folds the minimum, the first, instead.
+    # XLA for CPU and GPU compiles equal kernels once, so the index must not become a constant: read
+    # it at a position that XLA does not know. With one array for all leaves, XLA for GPU merges
+    # kernels and compiles for minutes. TPUs gain nothing: there XLA folds the minimum, the index.
     pick = partial(lax.dynamic_index_in_dim, keepdims=False)
     leaf = lax.platform_dependent(index, zero, tpu=lambda index, _: jnp.min(index), default=pick)
     key, other = key ^ leaf * np.uint32(0x9E3779B9), other ^ leaf * np.uint32(0xC2B2AE35)
@@ -85,7 +85,7 @@ def _flat_index(shape: tuple[int, ...]) -> jax.Array:
 
 def _mix(x: jax.Array, key: jax.Array | int = 0) -> jax.Array:
     """A bijective hash of uint32: `triple32` of hash-prospector (Wellons, 2018), less a shift."""
-    # With one more operation removed, the tests of the noise fail.
+    # Two multiplications instead of three leave correlated bits: see benchmarks/NOTES.md.
     x = x * np.uint32(0xED5AD4BB)
     x = ((x ^ (x >> 11)) + key) * np.uint32(0xAC4C1B51)
     x = (x ^ (x >> 15)) * np.uint32(0x31848BAB)

@@ -139,7 +139,7 @@ def adamax(
 def _transformation(
     learning_rate: Any, constants: Any, decay: Any, moment_dtype: Any, param_rounding: str
 ) -> optax.GradientTransformationExtraArgs:
-    """Both optimizers: `constants` are b1, b2 and eps; `decay` is None or how `adamaxw` decays."""
+    """`constants`: (b1, b2, eps). `decay`: (weight_decay, scale_decay_by_lr, mask), or None."""
     learning_rate = _checks.hyperparameter("learning_rate", learning_rate)
     b1, b2, eps = map(_checks.hyperparameter, ("b1", "b2", "eps"), constants)
     weight_decay, scale_decay_by_lr, mask = decay or (0.0, True, False)
@@ -150,9 +150,9 @@ def _transformation(
 
     def init(params: optax.Params) -> Any:
         mu, nu, residual = _leaves.zeros(params, fmt, param_rounding)
-        # optax.tree.map_params calls this with a tree without leaves, which no mask fits.
+        # optax.tree.map_params calls init with a tree without leaves, which no mask tree matches.
         if jax.tree.leaves(params):
-            masks.resolve_mask(mask, params)  # for its errors
+            masks.resolve_mask(mask, params)  # raises here if the mask does not fit
         place = _places.scalar_sharding(params, fmt.has_scale)
         seed = _noise.seed_of(params) if is_noisy else None
         count, nu_scale, seed = jax.tree.map(
@@ -168,8 +168,8 @@ def _transformation(
         if decay is None and param_rounding == "nearest":
             params = None
         elif params is None:
-            why = "adamaxw decays" if decay else f'param_rounding="{param_rounding}" rounds'
-            raise ValueError(f"{why} the params: call update(gradients, state, params)")
+            why = "weight decay" if decay else f'param_rounding="{param_rounding}"'
+            raise ValueError(f"{why} needs params: call update(gradients, state, params)")
         else:
             decays = masks.resolve_mask(mask, params)
         lr = _checks.at("learning_rate", learning_rate, state.count)
@@ -189,7 +189,7 @@ def _transformation(
 
 
 def _fresh_scale(fmt: _formats.Format, eps: Any) -> Any:
-    """The scale of a fresh state. It is a unit alone, so that it is not differentiated."""
+    """The scale of a fresh state: an arbitrary unit, so no derivatives flow through it."""
     eps = jax.lax.stop_gradient(jnp.asarray(eps, jnp.float32))
     return fmt.rescale(eps, eps)
 
@@ -205,10 +205,10 @@ def _update(
     param_rounding: str,
     decays: tuple[bool, ...],
 ) -> tuple[Any, AdamaxState]:
-    """One step of a tree; `params` are None and `decays` is empty where they are not needed."""
+    """One step on the whole tree. If params are not needed, `params` is None and `decays` empty."""
     treedef, leaves = _leaves.side_by_side(updates, state, params, decays, fmt, param_rounding)
 
-    # NumPy would compute with constants of its own, and warn.
+    # Restored scalars may be NumPy's, which promote differently and warn on overflow.
     before, scale, seed = jax.tree.map(jnp.asarray, (state.count, state.nu_scale, state.seed))
     count = jnp.minimum(before, 2**31 - 2) + 1  # saturates instead of wrapping around
     # A negative count means that the state is corrupt: the bias correction would be wrong.
@@ -252,10 +252,10 @@ def _step_leaf(
 ) -> tuple[Any, Any, Any, Any]:
     """Applies the rule to one leaf; returns `(update, mu, nu, residual)`.
 
-    `index` and `keys` are those of its noise, and `scales` those to decode and to encode with.
+    `index` and `keys` select its noise; `scales` holds the old scale and the new one.
     """
     rounding = leaf.rounding
-    # The state may be sharded over more axes than the rest: compute where the state is.
+    # With ZeRO-1 the state is sharded over more axes than gradient and parameter: follow the state.
     g = _places.reshard_like(leaf.g, leaf.mu)
     p = None if leaf.p is None else _places.reshard_like(leaf.p, leaf.mu)
     noise = other_noise = None
@@ -266,7 +266,7 @@ def _step_leaf(
     dtype = _formats.arithmetic(g.dtype)
     mu, nu = fmt.step(g, (leaf.mu, leaf.nu), scales, noise, constants)
 
-    # From the moments as stored: a compiler that makes one loop per result then shares their work.
+    # Use the stored moments: XLA for CPUs makes one loop per result, and would compute them twice.
     ratio = fmt.ratio(mu, nu, scales[1], dtype)
     value = None if p is None else rounding.read(p, leaf.residual, ratio.dtype)
     update = next_step(

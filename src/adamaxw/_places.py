@@ -19,7 +19,7 @@ def is_placed(x: Any) -> bool:
 
 
 def places_of(tree: Any) -> set[Sharding | None]:
-    """The replicated sharding on each mesh or device of a tree; None stands for other places."""
+    """A replicated sharding for each mesh or device in use; None for other kinds of sharding."""
 
     def replicated(sharding: Sharding) -> Sharding | None:
         if isinstance(sharding, NamedSharding):
@@ -31,8 +31,8 @@ def places_of(tree: Any) -> set[Sharding | None]:
 
 
 def scalar_sharding(params: Any, is_changed: bool) -> Sharding | None:
-    """Where a new scalar must be for a compiled step to leave it there; None if unknown."""
-    # A scalar that moved would be a second compilation, at the second step.
+    """The sharding that a compiled step gives the scalars of the state; None if it is ambiguous."""
+    # If init placed them elsewhere, their sharding would change and step 2 would compile again.
     found: dict[Any, str] = {}
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         for place in places_of(x):
@@ -47,7 +47,7 @@ def scalar_sharding(params: Any, is_changed: bool) -> Sharding | None:
 
 
 def are_together(tree: Any) -> bool:
-    """Whether one compiled call can take a tree: numbers, not traced, on one device or mesh."""
+    """Whether one jitted call can take the tree: concrete numbers on at most one device or mesh."""
     meshes = set()
     for x in jax.tree.leaves(tree):
         is_array = isinstance(x, (jax.Array, np.ndarray, np.generic)) and kind_of(x) is not None
@@ -66,7 +66,7 @@ def varying_axes(x: Any) -> tuple[str, ...]:
 
 
 def concrete(sharding: Any) -> Any:
-    """`sharding` on the mesh that is set, if its own is abstract; the default place if none is."""
+    """`sharding`, with an abstract mesh replaced by the mesh that is set or the default device."""
     if not isinstance(getattr(sharding, "mesh", None), AbstractMesh):
         return sharding
     place: Any = jnp.zeros((), device=NamedSharding(sharding.mesh, PartitionSpec())).sharding
@@ -76,7 +76,7 @@ def concrete(sharding: Any) -> Any:
 def reshard_like(x: Any, *others: Any) -> Any:
     """`x` sharded like the first of the others that is on a mesh with explicit axes.
 
-    It stays as it is where none is, or where that one is still to be reduced over the mesh.
+    Returns `x` unchanged if there is none, or if that one is `unreduced`: a sum still pending.
     """
     goals = (jax.typeof(y).sharding for y in others if y is not None)
     goal = next((goal for goal in goals if not goal.mesh.empty), None)

@@ -18,7 +18,7 @@ from adamaxw._derivatives import straight_through
 class Rounding:
     """How the step of one leaf is applied. This class leaves the rounding to `apply_updates`."""
 
-    # Whether `write` uses noise, and the dtype of what it stores per element; int8 for nothing.
+    # Whether `write` uses noise; the dtype of its residual (int8 is a placeholder of zeros).
     is_noisy: ClassVar[bool] = False
     residual_dtype: ClassVar[Any] = jnp.int8
 
@@ -77,11 +77,11 @@ class Exact(Rounding):
         del residual, noise, dtype
         p = p.astype(jnp.float32)
         master = _bits.bits_of((value + step).astype(jnp.float32))
-        # Compute one half from the other: otherwise XLA for TPU makes two kernels.
+        # Compute `new` from `residual`: XLA for TPU makes two kernels of independent results.
         residual = master.astype(jnp.int16)
         new = _bits.upper(master, residual)
-        # Where |p'| is smaller than |p| by 2^16, float32 may not hold p' - p. Then the parameter
-        # becomes another number, to which the residual does not belong.
+        # If |p'| < 2^-16 |p|, float32 may not hold p' - p exactly. Then `p + u` is another bfloat16
+        # than p', and the residual, which belongs to p', is dropped.
         landed = lax.reduce_precision(p + (new - p), exponent_bits=8, mantissa_bits=7)
         residual = jnp.where(landed == new, residual, 0)
         return straight_through(step, _bits.upper(master, residual) - p), residual

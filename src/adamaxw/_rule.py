@@ -1,6 +1,6 @@
-"""The AdamaxW recurrence on one array: the definition, which every format and dtype runs.
+"""The AdamaxW recurrence on one array: its one definition, for every format and dtype.
 
-`_cpu` alone restates its first two lines, in units of uint8 codes.
+On CPUs the uint8 format runs `_cpu` instead, which restates the first two lines in codes.
 """
 
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ Scalar = float | jax.Array
 
 
 class DecayRate(NamedTuple):
-    """b1 or b2 as b and 1 - b; b is None for a number of at least 1/2."""
+    """b1 or b2, as b and 1 - b. b is None for a Python float of at least 1/2: use `rest` alone."""
 
     # The float32 nearest to 0.999 is off by 1.3e-8, an error that compounds with each step; the
     # one nearest to 1 - 0.999 is off by far less.
@@ -38,7 +38,7 @@ class DecayRate(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """The hyperparameters that no schedule changes."""
+    """The hyperparameters that cannot be functions of the count."""
 
     b1: DecayRate
     b2: DecayRate
@@ -54,7 +54,7 @@ def next_moments(
     dtypes of `m`, `u` and `u`.
     """
     b1, b2, eps = constants
-    # The gradient first, as in Optax: a compiler that fuses the sum then rounds the same product.
+    # Add in Optax's order, so that a fused multiply-add rounds the same one of the two products.
     return b1.rest * g + shrink(b1, m), jnp.maximum(shrink(b2, u), jnp.abs(g) + eps)
 
 

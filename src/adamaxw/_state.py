@@ -18,7 +18,7 @@ class AdamaxState(NamedTuple):
         residual: with `param_rounding="exact"` a tree like params: int16 beside each bfloat16
             parameter, int8 zeros beside the others. None where no parameter needs int16.
         seed: uint32 scalar, the seed of this run's noise, a hash of the parameters at `init`; None
-            where nothing is rounded at random.
+            with `moment_dtype=None`, unless `param_rounding` is "stochastic".
 
     `adamaxw.moments.unpack` reads the moments, `adamaxw.moments.master_params` the parameters.
     """

@@ -47,8 +47,8 @@ def read(
         rows.append([jax.device_put(x, place) for x in moments])
     if len(steps) > 1:
         raise ValueError(
-            f"parameters of state differ in their number of steps: {steps}. Read those of each "
-            "number alone, and give them an optimizer of their own with optax.partition"
+            f"parameters in state differ in their number of steps: {steps}. Read those with equal "
+            "steps together, one call per group, and give each its optimizer by optax.partition"
         )
     count = jnp.int32(min(max(steps, default=0), 2**31 - 1))
     return count, *_leaves.columns(jax.tree.structure(params), rows, 2)
@@ -91,4 +91,4 @@ def _check_one_to_one(leaves: Any, names: Any, transposes: Any, slots: Any, keys
     }
     found = "; ".join(f"{words} {which}" for words, which in problems.items() if which)
     if found:
-        raise ValueError(f"{found} (a leaf without state has the name None)")
+        raise ValueError(f"{found}. In names, map leaves that have no state to None")

@@ -74,7 +74,7 @@ class Adamaxw(keras.optimizers.Optimizer):
     ):
         if keras.backend.backend() != "jax":
             backend = keras.backend.backend()
-            raise RuntimeError(f"set KERAS_BACKEND=jax before Keras is imported, now {backend!r}")
+            raise RuntimeError(f"Keras uses {backend!r}: set KERAS_BACKEND=jax before its import")
         super().__init__(learning_rate, weight_decay, name=name, **kwargs)
         self.beta_1, self.beta_2, self.epsilon = float(beta_1), float(beta_2), float(epsilon)
         self.weight_decay = None if weight_decay is None else float(weight_decay)

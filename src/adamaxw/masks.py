@@ -52,7 +52,7 @@ class Mask(ABC):
         """Which leaves of `params`, any tree, are chosen."""
         is_scalar = isinstance(params, jax.Array) and params.shape == ()
         if is_scalar and jnp.issubdtype(params.dtype, jnp.integer):
-            # The count, with which optax.inject_hyperparams calls what it takes for a schedule.
+            # optax.inject_hyperparams takes any callable for a schedule and passes it the count.
             return _Injected(self)
         return jax.tree.structure(_paths.pure(params)).unflatten(self.flags_of(params))
 
@@ -146,8 +146,8 @@ def describe(params: Any, mask: Any = None) -> Table:
 
 def refuse_called_mask(mask: Any, hyperparameters: tuple[Any, ...]) -> None:
     """Raises a TypeError for a lone boolean beside hyperparameters that are arrays."""
-    # `optax.inject_hyperparams` makes one of a callable mask: `p.ndim > 1` is False for the count,
-    # and nothing would decay. A boolean from the caller is valid; the arrays tell the two apart.
+    # `optax.inject_hyperparams` calls a callable mask with the count: `p.ndim > 1` is then False,
+    # so nothing decays. A user's own boolean is valid; array hyperparameters tell the two apart.
     is_boolean = isinstance(mask, (bool, np.bool_))
     if is_boolean and any(isinstance(value, jax.Array) for value in hyperparameters):
         raise TypeError(
@@ -187,7 +187,7 @@ def _is_boolean(leaf: Any) -> bool:
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class _Injected:
-    """A mask as a tree without leaves; a `Mask` itself is a leaf, because Optax wants functions."""
+    """Wraps a mask as a pytree without leaves, so `inject_hyperparams` can keep it in its state."""
 
     mask: Mask
 

@@ -64,8 +64,8 @@ def pack(
 ) -> AdamaxState:
     """Encodes moments as a state in the given format, rounded to nearest: the inverse of `unpack`.
 
-    A state that is unpacked and packed in its own format does not change, except that bfloat16
-    norms are rounded once more and that `moment_dtype=None` drops the seed.
+    Unpacking and packing in the same format keeps uint8 codes and float32 moments bit for bit;
+    `nu_scale` may change, bfloat16 norms are rounded once more, and None drops the seed.
 
     Args:
         moments: what `unpack` returns, or `Moments` of your own in any floating dtypes.
@@ -195,7 +195,7 @@ def master_params(params: Any, state: AdamaxState) -> Any:
     """The float32 weights of a run with `param_rounding="exact"`.
 
     They are params, with float32 in place of each bfloat16 leaf that has a residual in the
-    AdamaxState; rounded to bfloat16 they are params again.
+    AdamaxState; rounded to bfloat16, ties away from zero, they are params again.
 
     Raises:
         TypeError: `state` is not an AdamaxState.

@@ -1,8 +1,8 @@
 """Shardings for the state of an optimizer, known before any of it is allocated.
 
-The step is computed where the state lies, and adds no communication of its own. A state that is
-spread over the data axis is stage 1 of ZeRO (Rajbhandari et al., "ZeRO: Memory Optimizations Toward
-Training Trillion Parameter Models", SC 2020, https://arxiv.org/abs/1910.02054).
+The step is elementwise and runs where the state lies. Spreading the state over the data axis, which
+gathers the new parameters, is stage 1 of ZeRO (Rajbhandari et al., "ZeRO: Memory Optimizations
+Toward Training Trillion Parameter Models", SC 2020, https://arxiv.org/abs/1910.02054).
 """
 
 import math
@@ -55,7 +55,7 @@ def of_state(
     axes = (data_axis,) if isinstance(data_axis, str) else tuple(dict.fromkeys(data_axis))
     names = everywhere.mesh.axis_names if isinstance(everywhere, NamedSharding) else ()
     if not set(axes) <= set(names):
-        raise ValueError(f"data_axis must be axes of the mesh of params {names}, got {data_axis!r}")
+        raise ValueError(f"data_axis must be among the mesh axes of params {names}, got {axes}")
     # The params of optax.lookahead are two trees; its inner optimizer sees one of them.
     seen = params.fast if isinstance(params, optax.LookaheadParams) else params
     beside = {
@@ -73,7 +73,7 @@ def of_state(
         shardings = []
         for (path, x), is_trained in zip(tree_leaves_with_path(tree), trains, strict=False):
             sharding = follow(path, x)
-            # Without training, updates are made from the moments, and must lie like the parameter.
+            # The update of a leaf that does not train is zeros_like(mu): place mu like the leaf.
             if axes and is_trained:
                 sharding = _spread(sharding, x.shape, axes)
             if memory_kind is not None:
@@ -116,7 +116,7 @@ def _as_prefix(tree: Any, shardings: Iterator[Any]) -> Any:
         pass  # the class of the node refuses what is no array
     first, *others = set(jax.tree.leaves(parts))
     if others:
-        raise ValueError(f"a {type(tree).__name__} in params holds only arrays: shard them alike")
+        raise ValueError(f"{type(tree).__name__} holds only arrays: give its leaves one sharding")
     return first
 
 
@@ -203,7 +203,7 @@ def _everywhere(params: Any) -> Any:
     """The replicated sharding on the one mesh or device of params."""
     for path, p in tree_leaves_with_path(params):
         if isinstance(p, jax.ShapeDtypeStruct) and p.sharding is None:
-            raise ValueError(f"params{keystr(path)} is a jax.ShapeDtypeStruct without a sharding")
+            raise ValueError(f"params{keystr(path)} needs jax.ShapeDtypeStruct(..., sharding=...)")
     found = _places.places_of(params)
     if len(found) > 1 or None in found:
         raise ValueError(
