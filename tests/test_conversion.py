@@ -404,9 +404,20 @@ _AHEAD = (_STATE[0], (_STATE[1][0]._replace(count=jnp.int32(7)), *_STATE[1][1:])
         (list(_STATE), _like(), r"init"),
         ({"0": _STATE[1]}, _like()[1], r"init"),
         (_AHEAD, _like(), r"state\[1\].*count"),
+        # Moments under other names, and arrays that are not there.
+        (_like()[1]._replace(nu={}), _like()[1], r"state\.mu.*state\.nu"),
+        (jax.eval_shape(lambda: _like()[1]), _like()[1], r"state\.count.*array"),
     ],
 )
 def test_what_does_not_fit_is_refused(state, like, words):
     """With the path, and what is in either state."""
     with pytest.raises((TypeError, ValueError), match=words):
         convert(state, like)
+
+
+def test_an_abstract_goal_without_leaves_that_train():
+    """As where `optax.partition` has a group without parameters: its state stays as it is."""
+    make = functools.partial(adamaxw.adamax, 0.1, moment_dtype="uint8")
+    opt = optax.partition({"x": make(), "y": make()}, {"w": "x"})
+    state = opt.init({"w": jnp.ones(3)})
+    assert_equal(convert(state, jax.eval_shape(lambda: state)), state)

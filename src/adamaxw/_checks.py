@@ -30,10 +30,11 @@ def hyperparameter(name: str, value: Any, label: str = "") -> Any:
     dtype = getattr(value, "dtype", None) or np.dtype(type(value))
     is_wide = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize >= 4
     if not (is_wide or jnp.issubdtype(dtype, jnp.integer)):
+        schedule = " or a schedule" if name in ("learning_rate", "weight_decay") else ""
         raise TypeError(
-            f"{label} must be a real scalar of at least 32 bits (0.999 is 1 in bfloat16), got "
-            f"{in_words(value)}. To schedule b1, b2 or eps, use optax.inject_hyperparams, with "
-            "hyperparam_dtype=jnp.float32 if params are bfloat16"
+            f"{label} must be a real scalar of at least 32 bits{schedule}, got {in_words(value)} "
+            "(0.999 is 1 in bfloat16). To schedule b1, b2 or eps, use optax.inject_hyperparams, "
+            "with hyperparam_dtype=jnp.float32 if params are bfloat16"
         )
     if getattr(value, "shape", ()):
         raise ValueError(f"{label} must have shape (), got {in_words(value)}")

@@ -35,7 +35,7 @@ def convert(state: Any, like: Any, repack: Repack, path: Any = ()) -> list[Any]:
     if treedef != goal:
         raise ValueError(f"state{where} and like{where} differ: {treedef}, {goal}{_HINT}")
     if jax.tree_util.all_leaves([state]):
-        return [_fitted(state, like, f"state{where}", f"like{where}")]
+        return [_cast_like(state, like, f"state{where}", f"like{where}")]
     pairs = zip(parts, others, strict=True)
     return [x for (key, part), other in pairs for x in convert(part, other, repack, path + key)]
 
@@ -71,13 +71,17 @@ def _converted(state: Any, like: Any, repack: Repack, where: str) -> list[Any]:
             raise TypeError(f"{each} must be a state of adamaxw or adamax, got {parts}{_HINT}")
     source = state if is_state(state) else _from_optax(name, *_chain(state))
     goal = like if is_state(like) else AdamaxState(*_chain(like)[0])
-    _checks.check_structures(f"{name}.mu", source.mu, f"{other}.mu", goal.mu)
+    trees = {f"{other}.mu": goal.mu, f"{name}.nu": source.nu, f"{name}.residual": source.residual}
+    for where, tree in trees.items():
+        if tree is not None:
+            _checks.check_structures(f"{name}.mu", source.mu, where, tree)
     # bfloat16 moments of Optax are those of bfloat16 parameters, not our format of that name.
     formats = _formats_of(goal) if is_state(like) else {WIDE}
-    if not formats:  # no leaf trains
-        new = source._replace(nu_scale=goal.nu_scale)
-    elif formats == _formats_of(source):
+    has_scale = source.nu_scale is not None, goal.nu_scale is not None
+    if formats == _formats_of(source) and has_scale[0] == has_scale[1]:
         new = source
+    elif not formats:  # no leaf trains
+        new = source._replace(nu_scale=goal.nu_scale)
     else:
         eps = 1e-8 if goal.nu_scale is None else goal.nu_scale
         if isinstance(eps, jax.ShapeDtypeStruct):
@@ -103,7 +107,7 @@ def _converted(state: Any, like: Any, repack: Repack, where: str) -> list[Any]:
         # Copies of the count, because a buffer that is in a state twice cannot be donated.
         leaves += [(leaves[0][0], jnp.array(count, x.dtype)) for _, x in goals[len(leaves) :]]
     return [
-        _fitted(jnp.asarray(x), y, name + keystr(path), other + keystr(other_path), path[0].name)
+        _cast_like(jnp.asarray(x), y, name + keystr(path), other + keystr(other_path), path[0].name)
         for (path, x), (other_path, y) in zip(leaves, goals, strict=True)
     ]
 
@@ -114,7 +118,7 @@ def _formats_of(state: AdamaxState) -> set[Any]:
     return {_leaves.stored_format(m, u) for m, u in rows if _leaves.trains(m, u)}
 
 
-def _fitted(x: Any, like: Any, name: str, other: str, field: str = "") -> Any:
+def _cast_like(x: Any, like: Any, name: str, other: str, field: str = "") -> Any:
     """A leaf with the shape and dtype of `like`; only moments are cast, within their kind."""
     is_number = isinstance(x, (bool, int, float, complex)) and getattr(like, "shape", None) == ()
     if is_number and jnp.result_type(x, like.dtype) == like.dtype:
@@ -158,7 +162,8 @@ def _from_optax(name: str, moments: optax.ScaleByAdamState, *schedules: Any) -> 
             raise ValueError(
                 f"{name} has count {count}, its schedules {others}: use optax.tree.set(.., count=n)"
             )
-        rows = zip(tree_leaves_with_path(moments.mu), jax.tree.leaves(moments.nu), strict=True)
+        # Structures are compared later.
+        rows = zip(tree_leaves_with_path(moments.mu), jax.tree.leaves(moments.nu), strict=False)
         for (path, m), u in rows:
             if jnp.issubdtype(u.dtype, jnp.inexact) and not _may_be_norm(m, u):
                 raise ValueError(

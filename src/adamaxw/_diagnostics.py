@@ -53,7 +53,6 @@ def diagnostics(
 
     Raises:
         TypeError: there is no `AdamaxState` in `state`, or its moments are in no format.
-        TypeError, ValueError: eps is out of bounds, as in `adamaxw`.
     """
     eps = jnp.asarray(_checks.hyperparameter("eps", eps), jnp.float32)
     terms = [
@@ -93,7 +92,7 @@ def _squares(name: str, tree: Any) -> Iterator[Term]:
     """The squared 2-norm of each leaf of real or complex numbers."""
     for path, x in tree_leaves_with_path(_paths.pure(tree)):
         x = _checks.as_array(x)
-        if jnp.issubdtype(x.dtype, jnp.inexact):
+        if _checks.kind_of(x) in ("real", "complex"):
             size = jnp.abs(x).astype(jnp.float32)
             yield _first(path), name, jnp.sum(size * size)
 
@@ -103,7 +102,7 @@ def _lost(updates: Any, params: Any) -> Iterator[Term]:
     leaves, treedef = tree_flatten_with_path(_paths.pure(params))
     for (path, p), u in zip(leaves, treedef.flatten_up_to(_paths.pure(updates)), strict=True):
         p = _checks.as_array(p)
-        if u is not None and jnp.issubdtype(p.dtype, jnp.floating) and p.dtype.itemsize < 4:
+        if u is not None and _checks.kind_of(p) == "real" and p.dtype.itemsize < 4:
             changes = u != 0
             stays = (p.astype(jnp.float32) + u.astype(jnp.float32)).astype(p.dtype) == p
             yield _first(path), "changes", jnp.sum(changes, dtype=jnp.float32)

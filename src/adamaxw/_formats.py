@@ -41,7 +41,6 @@ class Format:
     """A way to store moments, element by element; this class stores them as they are.
 
     A fresh state holds zeros of `dtypes` and the scale `rescale(eps, eps)`.
-
     """
 
     # The `moment_dtype` that selects it.

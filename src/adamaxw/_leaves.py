@@ -54,7 +54,8 @@ def zeros(params: Any, fmt: Format, param_rounding: str) -> list[Any]:
             raise TypeError(
                 f"params{keystr(path)} must be an array of numbers that moment_dtype={fmt.name} "
                 f'and param_rounding="{param_rounding}" support, got {in_words(p)}. Replace it '
-                "by None, use optax.partition, or optax.contrib.split_real_and_imaginary if complex"
+                'by None, give it moment_dtype=None or "stochastic" with optax.partition, or use '
+                "optax.contrib.split_real_and_imaginary if complex"
             )
         dtypes = (*dtypes, rounding.residual_dtype)
         rows.append([jnp.zeros_like(p, dtype=dtype) for dtype in dtypes])
@@ -103,12 +104,12 @@ def side_by_side(
         if g is not None:
             g, p = as_array(g), as_array(p)
             given = {"gradients": g} if params is None else {"gradients": g, "params": p}
-            rounding = _fitted(keystr(path), given, (m, u, residual), fmt, param_rounding)
+            rounding = _checked_rounding(keystr(path), given, (m, u, residual), fmt, param_rounding)
         rows.append(Leaf(g, m, u, residual, p, decay, rounding))
     return treedef, rows
 
 
-def _fitted(
+def _checked_rounding(
     path: str, given: dict[str, Any], stored: tuple[Any, ...], fmt: Format, param_rounding: str
 ) -> Rounding | None:
     """How a parameter is rounded, None where it does not train; refuses leaves that do not fit."""

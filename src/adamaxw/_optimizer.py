@@ -174,8 +174,8 @@ def _transformation(
             decays = masks.resolve_mask(mask, params)
         lr = _checks.at("learning_rate", learning_rate, state.count)
         wd = _checks.at("weight_decay", weight_decay, state.count)
-        factor = lr * wd if decay and scale_decay_by_lr else wd
-        arguments = updates, state, params, lr, factor, constants, fmt, param_rounding, decays
+        decay_factor = lr * wd if decay and scale_decay_by_lr else wd
+        arguments = updates, state, params, lr, decay_factor, constants, fmt, param_rounding, decays
         # Outside jit, update the tree in one compiled call. That moves all of its arguments to one
         # place, so it must not get leaves without a gradient, which may belong elsewhere.
         treedef = jax.tree.structure(updates)

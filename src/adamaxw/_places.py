@@ -30,7 +30,7 @@ def places_of(tree: Any) -> set[Sharding | None]:
     return {replicated(x.sharding) for x in jax.tree.leaves(tree) if is_placed(x)}
 
 
-def scalar_sharding(params: Any, is_changed: bool) -> Sharding | None:
+def scalar_sharding(params: Any, has_scale: bool) -> Sharding | None:
     """The sharding that a compiled step gives the scalars of the state; None if it is ambiguous."""
     # If init placed them elsewhere, their sharding would change and step 2 would compile again.
     found: dict[Any, str] = {}
@@ -38,7 +38,7 @@ def scalar_sharding(params: Any, is_changed: bool) -> Sharding | None:
         for place in places_of(x):
             found.setdefault(place, f"params{jax.tree_util.keystr(path)}")
     meshes = [f"{x} on {y.mesh}" for y, x in found.items() if isinstance(y, NamedSharding)]
-    if is_changed and len(meshes) > 1:
+    if has_scale and len(meshes) > 1:
         raise ValueError(
             f"low-precision moments have one scale per tree, but there are {' and '.join(meshes)}: "
             "give each mesh its own optimizer by optax.partition"

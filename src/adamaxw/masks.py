@@ -97,6 +97,8 @@ def matching(include: str | Sequence[str] = "", exclude: str | Sequence[str] = (
         The mask; called with a tree that has leaves, it raises a ValueError if a pattern is found
         in no path.
     """
+    if include != "" and not include:
+        raise ValueError("include must have at least one pattern; the default matches every path")
     each = ((x,) if isinstance(x, str) else x for x in (include, exclude))
     return _Matching(*(tuple(map(re.compile, patterns)) for patterns in each))
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.tree_util import keystr, tree_map_with_path
+from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 
 from adamaxw import _bits, _checks, _conversion, _formats, _leaves, _noise, _paths, _places, _torch
 from adamaxw._rounding import NEAREST
@@ -40,14 +40,6 @@ def unpack(state: AdamaxState) -> Moments:
 
     Raises:
         TypeError: `state` is not an AdamaxState, or a leaf is in no format; names the path.
-
-    Examples:
-        >>> import adamaxw
-        >>> import jax.numpy as jnp
-        >>> opt = adamaxw.adamax(0.1, moment_dtype="uint8")
-        >>> _, state = opt.update(jnp.array([4.0, -0.1]), opt.init(jnp.zeros(2)))
-        >>> print(*(f"{u:.2f}" for u in adamaxw.moments.unpack(state).nu))
-        3.79 0.11
     """
     state = _plain(state)
 
@@ -139,6 +131,9 @@ def convert(state: Any, like: Any) -> Any:
     state, goal = _paths.pure(state), _paths.pure(like)
     if isinstance(state, Moments):
         state = _conversion.put(pack(state), goal)
+    for path, x in tree_leaves_with_path(state):
+        if isinstance(x, jax.ShapeDtypeStruct):  # it would come out again
+            raise TypeError(f"state{keystr(path)} (for Moments, that of like) must be an array")
     return jax.tree.structure(like).unflatten(_conversion.convert(state, goal, _repack))
 
 
