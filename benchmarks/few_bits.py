@@ -131,11 +131,6 @@ def measure(scale: int = 1) -> dict[str, Any]:
     return found
 
 
-def save(found: dict[str, Any]) -> None:
-    """Writes the file of results."""
-    results.write(RESULTS, found)
-
-
 def _factor(logarithm: float) -> str:
     x = math.exp(logarithm)
     return f"{x:.3f}" if x < 10 else f"{float(f'{x:.2g}'):,.0f}"
@@ -193,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     found = measure(QUICK if args.quick else 1)
     if not args.quick:
-        save(found)
+        results.write(RESULTS, found)
         page = with_tables(PAGE.read_text(encoding="utf-8"), found)
         PAGE.write_text(page, encoding="utf-8")
     print(f"{found['versions']}\n\n{tables(found)}")

@@ -1,14 +1,11 @@
 """Whether two trees of arrays are the same, in type or in value."""
 
-import os
-
 import jax
 import numpy as np
 
 # XLA contracts a product and a sum to one fused multiply-add, which rounds once, as suits the loop
 # that it makes for a shape. With this in XLA_FLAGS it has none: formulas are computed as written.
 WITHOUT_FUSED_MULTIPLY_ADD = "--xla_cpu_max_isa=AVX"
-_FORMULA_AS_WRITTEN = WITHOUT_FUSED_MULTIPLY_ADD in os.environ.get("XLA_FLAGS", "").split()
 
 
 def types_of(tree):
@@ -47,8 +44,3 @@ def assert_equal_but_for_last_bits(a, b):
             np.testing.assert_array_equal(x, y)
 
     jax.tree.map(compare, a, b)
-
-
-def assert_equal_across_meshes(a, b):
-    """Bit for bit where XLA computes the formula as written, else but for last bits."""
-    (assert_equal if _FORMULA_AS_WRITTEN else assert_equal_but_for_last_bits)(a, b)

@@ -1,6 +1,7 @@
 """The benchmarks: the same work for all, results that merge, pages that match, peers' formulas."""
 
 import json
+import re
 from pathlib import Path
 
 import accelerators
@@ -138,6 +139,10 @@ def test_pages_are_those_of_the_committed_results():
     pages = "".join(path.read_text(encoding="utf-8") for path in texts)
     for table in (report.summary(found), report.extremes(found)):
         assert pages.count(table[0]) == pages.count("\n".join(table))
+    cycles = r"^\| float32, uint8 \| [\d.]+ \| [\d.]+ \(16\) \| [\d.]+ \| [\d.]+ \((0\.\d+)\)"
+    ratios = re.findall(cycles, accelerators_page.committed(), re.M)
+    readme = (docs.parent / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+    assert f"estimates {min(ratios)} to {max(ratios)} of Optax's cycles" in readme
 
 
 def test_traffic_is_that_of_the_main_memory():

@@ -80,7 +80,7 @@ def _update(moment_dtype, param_rounding):
 
 
 @st.composite
-def _checks(draw, moment_dtype):
+def _hyperparameters(draw, moment_dtype):
     fractions = st.floats(2.0**-20, 0.99)
     smallest, largest = (1e-10, 1e25) if moment_dtype == "uint8" else (1e-30, 1e30)
     drawn = {
@@ -120,7 +120,7 @@ def test_any_values(data, moment_dtype, param_rounding):
     draw = data.draw
     leaves, update = _LEAVES[param_rounding], _update(moment_dtype, param_rounding)
     params = {name: draw(_arrays_of(s, d)) for name, (d, s) in leaves.items()}
-    h = draw(_checks(moment_dtype))
+    h = draw(_hyperparameters(moment_dtype))
     kwargs = {"moment_dtype": moment_dtype, "param_rounding": param_rounding}
     state = adamaxw.adamaxw(1e-3, eps=float(h["eps"]), **kwargs).init(params)
     state = jax.tree.map(np.asarray, state)

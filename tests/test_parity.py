@@ -153,7 +153,7 @@ _with_traced_rates = jax.jit(_train, static_argnums=0)
 
 
 @pytest.mark.parametrize("seed", range(16))
-def test_as_close_to_float64_as_optax_for_random_checks(seed):
+def test_as_close_to_float64_as_optax_for_random_hyperparameters(seed):
     """The same holds for traced hyperparameters, with b1 and b2 near 0 and near 1."""
     rng = np.random.default_rng(seed)
 

@@ -45,7 +45,8 @@ def zeros(params: Any, fmt: Format, param_rounding: str) -> list[Any]:
     leaves, treedef = tree_flatten_with_path(params)
     rows = []
     for path, p in leaves:
-        p, kind = as_array(p), kind_of(as_array(p))
+        p = as_array(p)
+        kind = kind_of(p)
         dtype = None if kind is None else jax.dtypes.canonicalize_dtype(p.dtype)
         trains = kind in ("real", "complex")
         rounding = rounding_of(param_rounding, dtype) if trains else NEAREST
